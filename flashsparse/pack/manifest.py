@@ -1,0 +1,336 @@
+"""The manifest of a pack (pack.json): its fields, the layout of a record, and the strict reader and writer.
+
+`docs/format.md` is the specification. Nothing here reads weights; checksums of the data are checked by `verify`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from flashsparse.errors import DamagedPackError, PackError
+from flashsparse.pack.checks import Node
+from flashsparse.pack.layout import (
+    BLOCK_BYTES,
+    FIELD_NAMES,
+    Field,
+    FileDigest,
+    FileEntry,
+    Quant,
+    Record,
+    block_records,
+    default_prefill_chunk,
+    flash_digest,
+    flash_name,
+    record_layout,
+    resident_digest,
+    vector_bytes,
+)
+from flashsparse.pack.safetensors import ALIGN, Header, read_header
+
+FORMAT = "flashsparse-pack"
+VERSION = 1
+MANIFEST = "pack.json"
+CONFIG = "config.json"
+RESIDENT = "resident.safetensors"
+FAMILIES = ("llama", "opt")
+TIERS = ("exact", "dense")
+GATES = ("full", "none")
+ACTIVATIONS = ("silu", "relu", "relu2", "fatrelu", "drelu")
+SOURCES = ("config", "option")
+SOURCE_DTYPES = ("F32", "F16", "BF16")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128)
+KINDS = ("vector", "scalar")
+
+__all__ = [
+    "ACTIVATIONS",
+    "Activation",
+    "Field",
+    "FileDigest",
+    "FileEntry",
+    "Manifest",
+    "Quant",
+    "Record",
+    "block_records",
+    "canonical_json",
+    "default_prefill_chunk",
+    "flash_digest",
+    "flash_name",
+    "read_manifest",
+    "record_layout",
+    "resident_digest",
+    "vector_bytes",
+]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The FFN's activation. `param` is FATReLU's threshold, else None; `source` says who named it."""
+
+    name: str
+    param: float | None = None
+    source: str = "config"
+
+
+def canonical_json(value: Any) -> str:
+    """The one text form of a manifest or configuration: sorted keys, indent 1, ASCII, newline at the end."""
+    return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a pack is. `path` is its directory. Build one to write a pack, or `Manifest.load` an existing one."""
+
+    path: Path
+    family: str
+    tier: str
+    gate: str
+    gated: bool
+    activation: Activation
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    source_dtype: str
+    quant: Quant | None
+    resident_quant: dict[str, Quant]
+    record: Record
+    prefill_chunk: int
+    files: dict[str, FileEntry]
+
+    @staticmethod
+    def load(pack_dir: str | os.PathLike[str]) -> Manifest:
+        """Reads and validates pack.json and the sizes of the files it names (not their contents).
+
+        Raises PackError for an unknown format, version, tier, codec or field, by name; DamagedPackError when the
+        manifest does not match its digest or a file is missing or of another size.
+        """
+        manifest = read_manifest(pack_dir)
+        manifest.check_sizes()
+        return manifest
+
+    @property
+    def resident_path(self) -> Path:
+        return self.path / RESIDENT
+
+    def flash_path(self, layer: int) -> Path:
+        return self.path / flash_name(layer)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The normalized configuration; its checksum and its agreement with the manifest are checked."""
+        raw = (self.path / CONFIG).read_bytes()
+        if hashlib.sha256(raw).hexdigest() != self.files[CONFIG].sha256:
+            raise DamagedPackError(f"{self.path / CONFIG}: does not match its checksum; run `flashsparse verify`")
+        config: dict[str, Any] = json.loads(raw)
+        expected = {
+            "model_type": self.family,
+            "num_hidden_layers": self.layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "num_attention_heads": self.heads,
+        }
+        for name, value in expected.items():
+            if config.get(name) != value:
+                raise PackError(
+                    f"{self.path / CONFIG}: {name}: found {config.get(name)!r}, expected {value!r} (as in {MANIFEST})"
+                )
+        return config
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest's canonical JSON: the identity of the pack."""
+        return hashlib.sha256(canonical_json(self._body()).encode()).hexdigest()
+
+    def check_sizes(self) -> None:
+        """Raises DamagedPackError when a file of the manifest is missing or of another size."""
+        for name, entry in self.files.items():
+            path = self.path / name
+            if not path.is_file():
+                raise DamagedPackError(f"{path}: missing, expected a file of {entry.bytes} bytes")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise DamagedPackError(f"{path}: found {size} bytes, expected {entry.bytes}")
+
+    def flash_header(self, layer: int) -> Header:
+        """The validated header of a layer's file: one U8 tensor `records` [intermediate_size, stride] at byte 16384."""
+        path = self.flash_path(layer)
+        header = read_header(path, PackError)
+        found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
+        expected = {"records": ("U8", (self.intermediate_size, self.record.stride))}
+        if found != expected or header.data_offset != ALIGN:
+            raise PackError(f"{path}: found {found} at byte {header.data_offset}, expected {expected} at byte {ALIGN}")
+        return header
+
+    def to_json(self) -> str:
+        """The text of pack.json."""
+        return canonical_json(self._body() | {"digest": self.digest})
+
+    def write(self, directory: str | os.PathLike[str] | None = None) -> Path:
+        """Writes pack.json into `directory` (default: `path`) and fsyncs the file. Publishing it is the caller's."""
+        target = Path(directory if directory is not None else self.path) / MANIFEST
+        with open(target, "wb") as file:
+            file.write(self.to_json().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return target
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "family": self.family,
+            "tier": self.tier,
+            "gate": self.gate,
+            "gated": self.gated,
+            "activation": vars(self.activation),
+            "layers": self.layers,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "vocab_size": self.vocab_size,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "source_dtype": self.source_dtype,
+            "quant": None if self.quant is None else vars(self.quant),
+            "resident_quant": {name: vars(quant) for name, quant in self.resident_quant.items()},
+            "record": {
+                "bytes": self.record.bytes,
+                "stride": self.record.stride,
+                "fields": [vars(field) for field in self.record.fields.values()],
+            },
+            "prefill_chunk": self.prefill_chunk,
+            "files": {name: entry.to_dict() for name, entry in self.files.items()},
+        }
+
+
+def read_manifest(pack_dir: str | os.PathLike[str]) -> Manifest:
+    """Reads and validates pack.json alone; `Manifest.load` also checks the sizes of the files."""
+    path = Path(pack_dir)
+    node, text = Node.read(path / MANIFEST)
+    node.equal("format", FORMAT)
+    node.equal("version", VERSION)
+    manifest = _manifest(node, path)
+    _check_consistent(node, manifest)
+    _check_files(node, manifest)
+    digest = node.text("digest")
+    node.finish()
+    if digest != manifest.digest or text != manifest.to_json():
+        raise DamagedPackError(
+            f"{path / MANIFEST}: found digest {digest!r}, expected {manifest.digest!r} for its contents "
+            "in canonical form; the file is damaged or was edited"
+        )
+    return manifest
+
+
+def _manifest(node: Node, path: Path) -> Manifest:
+    return Manifest(
+        path=path,
+        family=node.choice("family", FAMILIES),
+        tier=node.choice("tier", TIERS),
+        gate=node.choice("gate", GATES),
+        gated=node.boolean("gated"),
+        activation=_activation(node.child("activation")),
+        layers=node.integer("layers", 1),
+        hidden_size=node.integer("hidden_size", 1),
+        intermediate_size=node.integer("intermediate_size", 1),
+        vocab_size=node.integer("vocab_size", 1),
+        heads=node.integer("heads", 1),
+        kv_heads=node.integer("kv_heads", 1),
+        head_dim=node.integer("head_dim", 1),
+        source_dtype=node.choice("source_dtype", SOURCE_DTYPES),
+        quant=None if node.null("quant") else _quant(node.child("quant")),
+        resident_quant={name: _quant(child) for name, child in node.child("resident_quant").children()},
+        record=_record(node.child("record")),
+        prefill_chunk=node.integer("prefill_chunk", 1),
+        files={name: _file(child) for name, child in node.child("files").children()},
+    )
+
+
+def _activation(node: Node) -> Activation:
+    name = node.choice("name", ACTIVATIONS)
+    param = node.number("param")
+    if (param is None) != (name != "fatrelu"):
+        node.fail("param", param, "a number for fatrelu, null for every other activation")
+    return node.finish(Activation(name, param, node.choice("source", SOURCES)))
+
+
+def _quant(node: Node) -> Quant:
+    return node.finish(Quant(node.choice("bits", BITS), node.choice("group_size", GROUP_SIZES)))
+
+
+def _record(node: Node) -> Record:
+    fields = [
+        child.finish(
+            Field(
+                child.choice("name", FIELD_NAMES),
+                child.integer("offset", 0),
+                child.integer("bytes", 1),
+                child.choice("kind", KINDS),
+            )
+        )
+        for child in node.items("fields")
+    ]
+    return node.finish(Record(node.integer("bytes", 1), node.integer("stride", 1), {f.name: f for f in fields}))
+
+
+def _file(node: Node) -> FileEntry:
+    size, sha256 = node.integer("bytes", 0), node.sha256("sha256")
+    if not node.has("blocks"):
+        return node.finish(FileEntry(size, sha256))
+    blocks = node.sha256_list("blocks")
+    if node.has("block_records"):
+        offset, records = node.integer("data_offset", 0), node.integer("block_records", 1)
+        return node.finish(FileEntry(size, sha256, blocks, data_offset=offset, block_records=records))
+    return node.finish(FileEntry(size, sha256, blocks, block_bytes=node.integer("block_bytes", 1)))
+
+
+def _check_consistent(node: Node, m: Manifest) -> None:
+    """The fields must agree with each other: layout of the record, gate and tier, heads, groups."""
+    gate = "full" if m.tier == "exact" else "none"
+    if m.gate != gate:
+        node.fail("gate", m.gate, f"{gate!r} in tier {m.tier!r}")
+    if m.gated != (m.family == "llama"):
+        node.fail("gated", m.gated, f"{m.family == 'llama'} for family {m.family!r}")
+    if m.heads % m.kv_heads:
+        node.fail("kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})")
+    if m.quant and m.hidden_size % m.quant.group_size:
+        node.fail("quant.group_size", m.quant.group_size, f"a divisor of hidden_size ({m.hidden_size})")
+    biases = "gate_bias" in m.record.fields, "up_bias" in m.record.fields
+    expected = record_layout(m.gated, m.tier, m.hidden_size, m.source_dtype, m.quant, *biases)
+    if m.record != expected or list(m.record.fields) != list(expected.fields):
+        node.fail("record", m.record, f"{expected}")
+
+
+def _check_files(node: Node, m: Manifest) -> None:
+    """Names must be plain, the files of a pack complete, and their sizes and blocks what the shapes say."""
+    names = {CONFIG, RESIDENT, *map(flash_name, range(m.layers))}
+    for name in m.files:
+        if name in ("", ".", "..", MANIFEST) or any(c in "/\\:" or ord(c) < 32 for c in name):
+            node.fail("files", name, "plain file names, not a path")
+    for name in sorted(names - set(m.files)):
+        node.fail("files", f"no {name}", f"{', '.join(sorted(names))}")
+    stride, records = m.record.stride, m.intermediate_size
+    for layer in range(m.layers):
+        entry = m.files[flash_name(layer)]
+        blocks = -(-records // block_records(stride))
+        found = (entry.bytes, entry.data_offset, entry.block_records, len(entry.blocks))
+        expected = (ALIGN + records * stride, ALIGN, block_records(stride), blocks)
+        if found != expected:
+            node.fail(f"files.{flash_name(layer)}", found, f"bytes, data_offset, block_records, blocks {expected}")
+    resident = m.files[RESIDENT]
+    if (resident.block_bytes, len(resident.blocks)) != (BLOCK_BYTES, -(-resident.bytes // BLOCK_BYTES)):
+        node.fail(f"files.{RESIDENT}", len(resident.blocks), f"a checksum for every {BLOCK_BYTES} bytes")
+    for name in set(m.files) - names:
+        if m.files[name].blocks or m.files[name].block_bytes:
+            node.fail(f"files.{name}", "blocks", "only bytes and sha256")
