@@ -1,0 +1,206 @@
+"""Which record of a layer sits in which slot: hits, misses, victims, rounds.
+
+Bookkeeping only, in numpy: it holds no weights, starts no reads and knows records by their number. The reader fills the
+slots that a round names and commits the round; the kernels find a record through `Round.slots` and `SlotTable.begin`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+Ints = npt.NDArray[np.int32]
+
+_PINNED = np.int64(1 << 61)  # added to a pinned record's key, so that pins are victims only when nothing else is left
+_LOCKED = np.int64((1 << 63) - 1)  # key of a slot that the open round uses
+
+
+class Round:
+    """Records that are in their slots together, until the iterator that gave this round advances.
+
+    ids: ascending int32 [n]; slots: int32 [n], the slot of each; missing: bool [n], those whose bytes must be read into
+    their slots before `commit`. A round that is left without commit counts as aborted.
+    """
+
+    __slots__ = ("_table", "committed", "ids", "missing", "slots")
+
+    def __init__(self, table: SlotTable, ids: Ints, slots: Ints, missing: npt.NDArray[np.bool_]) -> None:
+        self._table = table
+        self.ids, self.slots, self.missing = ids, slots, missing
+        self.committed = False
+
+    def commit(self) -> None:
+        """All missing records have arrived: they are resident from now on. Raises RuntimeError when not open."""
+        self._table._commit(self)
+
+    def abort(self) -> None:
+        """Make the missing records absent again (a read failed). Does nothing once the round is committed or over."""
+        self._table._abort(self)
+
+
+class SlotTable:
+    """The slots of one layer.
+
+    records: how many records the layer has; slots: how many fit in memory; pins: record numbers that are evicted only
+    when a round has no other room. Victims are free slots first, then the least recently used, so the sets of the last
+    tokens stay as long as they fit; `window` is the number of tokens that `recent` reports.
+    The choice of victims depends on the sequence of requests alone. Raises ValueError for sizes that make no sense.
+    """
+
+    def __init__(self, records: int, slots: int, window: int = 4, pins: npt.ArrayLike | None = None) -> None:
+        if slots < 1 or records < 1 or window < 1:
+            raise ValueError(f"records, slots and window must be positive: {records}, {slots}, {window}")
+        self.records, self.slots, self.window = records, slots, window
+        self.begin = np.zeros(slots, np.int64)
+        self.hits = self.misses = 0
+        self._slot_of = np.full(records, -1, np.int32)  # record -> slot
+        self._record_in = np.full(slots, -1, np.int32)  # slot -> record
+        # Eviction order, all keys distinct: free slots are negative, used ones are round number * slots + slot.
+        self._key = np.arange(-slots, 0, dtype=np.int64)
+        self._clock = 0
+        self._token_starts: deque[int] = deque([0], maxlen=window)
+        self._bonus = self._pin_bonus(pins)
+        self._open: Round | None = None
+        self._queue = np.empty(0, np.int64)  # victims in order, as of the last look at all slots
+        self._queue_keys = np.empty(0, np.int64)
+
+    def rounds(self, ids: npt.ArrayLike) -> Iterator[Round]:
+        """Rounds that cover `ids` (ascending, unique) in order: one when they fit in the slots, none without ids.
+
+        Raises ValueError for ids that are not ascending or out of range.
+        """
+        wanted = self._validated(ids)
+        return self._rounds(wanted)
+
+    def end_token(self) -> None:
+        """A forward step is over. Call once per step; what `recent` reports moves on."""
+        self._token_starts.append(self._clock)
+
+    def resident(self) -> Ints:
+        """Ascending numbers of the records that are in slots."""
+        return np.flatnonzero(self._slot_of >= 0).astype(np.int32)
+
+    def recent(self) -> Ints:
+        """Ascending numbers of the resident records used in the last `window` steps, the current one included."""
+        used = (self._key >= 0) & (self._key & ~_PINNED >= self._token_starts[0] * self.slots)
+        return np.sort(self._record_in[used])
+
+    def set_begin(self, slots: npt.NDArray[np.integer], begins: npt.NDArray[np.integer]) -> None:
+        """Note at which byte of its slot each record begins: a direct read starts at a sector, not at the record."""
+        self.begin[slots] = begins
+
+    def check(self) -> None:
+        """Raise AssertionError unless records in slots and used slots map to each other one to one."""
+        used = np.flatnonzero(self._record_in >= 0)
+        resident = self.resident()
+        in_flight = 0 if self._open is None or self._open.committed else int(np.count_nonzero(self._open.missing))
+        problems = {
+            "as many used slots as resident records": len(used) == len(resident),
+            "slot of a record holds it": bool(np.all(self._record_in[self._slot_of[resident]] == resident)),
+            "free slots come first": int(np.count_nonzero(self._key < 0)) == self.slots - len(used) - in_flight,
+            "keys are distinct": self._open is not None or len(np.unique(self._key)) == self.slots,
+        }
+        failed = [name for name, holds in problems.items() if not holds]
+        if failed:
+            raise AssertionError(f"slot table is inconsistent: {', '.join(failed)}")
+
+    def _pin_bonus(self, pins: npt.ArrayLike | None) -> npt.NDArray[np.int64] | None:
+        if pins is None or np.size(pins) == 0:
+            return None
+        pinned = np.unique(np.asarray(pins, np.int64))
+        if pinned[0] < 0 or pinned[-1] >= self.records or len(pinned) > self.slots:
+            raise ValueError(
+                f"{len(pinned)} pins from {pinned[0]} to {pinned[-1]}: there are {self.records} records "
+                f"and {self.slots} slots"
+            )
+        bonus = np.zeros(self.records, np.int64)
+        bonus[pinned] = _PINNED
+        return bonus
+
+    def _validated(self, ids: npt.ArrayLike) -> Ints:
+        wanted = np.asarray(ids, dtype=np.int32)
+        if wanted.ndim != 1:
+            raise ValueError(f"ids must be a vector, not of shape {wanted.shape}")
+        if len(wanted) and (wanted[0] < 0 or wanted[-1] >= self.records or not np.all(wanted[1:] > wanted[:-1])):
+            raise ValueError(f"ids must be ascending, unique and below {self.records}")
+        return wanted
+
+    def _rounds(self, ids: Ints) -> Iterator[Round]:
+        for start in range(0, len(ids), self.slots):
+            this = self._start(ids[start : start + self.slots])
+            try:
+                yield this
+            finally:
+                self._abort(this)
+                if self._open is this:
+                    self._open = None
+
+    def _start(self, ids: Ints) -> Round:
+        if self._open is not None:  # left behind by a caller that failed; its frames may keep the iterator alive
+            self._abort(self._open)
+        slots = self._slot_of[ids]
+        missing = slots < 0
+        count = int(np.count_nonzero(missing))
+        if count:
+            if count < len(ids):
+                self._key[slots[~missing]] = _LOCKED
+            victims = self._victims(count)
+            evicted = self._record_in[victims]
+            self._slot_of[evicted[evicted >= 0]] = -1
+            self._record_in[victims] = -1
+            self._key[victims] = _LOCKED
+            slots[missing] = victims
+        self._open = Round(self, ids, slots, missing)
+        return self._open
+
+    def _commit(self, this: Round) -> None:
+        if this is not self._open or this.committed:
+            raise RuntimeError("the round is already committed, aborted or over")
+        new = this.ids[this.missing]
+        into = this.slots[this.missing]
+        self._slot_of[new] = into
+        self._record_in[into] = new
+        self._stamp(this.ids, this.slots)
+        self.misses += len(new)
+        self.hits += len(this.ids) - len(new)
+        this.committed = True
+
+    def _abort(self, this: Round) -> None:
+        if this is not self._open or this.committed:
+            return
+        free = this.slots[this.missing]
+        self._stamp(this.ids, this.slots)
+        self._key[free] = free - np.int64(self.slots)
+        self._queue = self._queue[:0]  # free slots go before what is queued
+        self._open = None
+
+    def _stamp(self, ids: Ints, slots: Ints) -> None:
+        self._clock += 1
+        key = slots + np.int64(self._clock * self.slots)
+        self._key[slots] = key if self._bonus is None else key + self._bonus[ids]
+
+    def _victims(self, count: int) -> npt.NDArray[np.int64]:
+        """The `count` slots with the smallest keys, in order of key.
+
+        A slot that is used again moves behind all queued ones (they hold no pins, and an abort empties the queue), so
+        queued slots whose key has not changed are still the smallest.
+        """
+        valid = np.flatnonzero(self._key[self._queue] == self._queue_keys)
+        if len(valid) < count:
+            self._fill_queue(count)
+            valid = np.arange(count)
+        taken = self._queue[valid[:count]]
+        rest = int(valid[count - 1]) + 1
+        self._queue, self._queue_keys = self._queue[rest:], self._queue_keys[rest:]
+        return taken
+
+    def _fill_queue(self, count: int) -> None:
+        length = min(self.slots, max(8 * count, self.slots // 8))
+        order = np.argpartition(self._key, length - 1)[:length] if length < self.slots else np.arange(self.slots)
+        order = order[np.argsort(self._key[order])]
+        unpinned = int(np.searchsorted(self._key[order], _PINNED))
+        self._queue = order[: max(count, unpinned)]
+        self._queue_keys = self._key[self._queue]

@@ -1,0 +1,277 @@
+"""The memory plan: what a budget buys, decided before anything is loaded, and what the process really uses.
+
+Sizes are bytes. Knows the operating system's figures (footprint, peak, control groups) and arithmetic on sizes; it
+allocates nothing and knows no model. No MLX, no numpy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from flashsparse.errors import BudgetError, FlashSparseError, UsageError
+
+CGROUP_RESERVE = 64_000_000  # left free under a control group's limit, for what the kernel charges to the group
+MIN_CONTEXT = 256
+CONTEXT_STEP = 64
+_UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
+_UNITS = {"": 1, "b": 1} | {
+    name: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for name, base in ((letter, 1000), (letter + "b", 1000), (letter + "ib", 1024))
+}
+
+
+def parse_size(text: str, machine_bytes: int) -> int:
+    """Bytes in `7GB` (decimal), `4GiB` (binary), `50%` (of `machine_bytes`) or `123456`. Raises UsageError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
+    unit = found[2].lower() if found else ""
+    if found is None or (unit != "%" and unit not in _UNITS):
+        raise UsageError(f"size {text!r} is not understood: write 7GB, 4GiB, 50% or a number of bytes")
+    number = float(found[1])
+    if unit == "%" and number > 100:
+        raise UsageError(f"size {text!r} is more than the machine's memory ({format_bytes(machine_bytes)})")
+    size = machine_bytes * number / 100 if unit == "%" else number * _UNITS[unit]
+    if size < 1:
+        raise UsageError(f"size {text!r} is less than one byte")
+    return int(found[1]) * _UNITS[unit] if unit != "%" and "." not in found[1] else int(size)
+
+
+def format_bytes(size: int) -> str:
+    """`7.00 GB`, `512 MB`, `12 B`: decimal units, as `parse_size` reads them."""
+    if abs(size) >= 1_000_000_000:
+        return f"{size / 1e9:.2f} GB"
+    if abs(size) >= 1_000_000:
+        return f"{size / 1e6:.0f} MB" if abs(size) >= 100_000_000 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e3:.1f} kB" if abs(size) >= 1000 else f"{size} B"
+
+
+def machine_memory() -> int:
+    """The machine's physical memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def footprint() -> int:
+    """The process's memory now: VmRSS on Linux, the physical footprint on macOS."""
+    return _mac_usage().ri_phys_footprint if sys.platform == "darwin" else _status("VmRSS")
+
+
+def peak_footprint() -> int:
+    """The highest footprint since the process began, or since `reset_peak`: VmHWM, or macOS's lifetime maximum."""
+    return _mac_usage().ri_lifetime_max_phys_footprint if sys.platform == "darwin" else _status("VmHWM")
+
+
+def reset_peak(clear_refs: str = "/proc/self/clear_refs") -> bool:
+    """Let the peak start again from the present footprint. False where the system refuses (macOS always does)."""
+    try:
+        with open(clear_refs, "w") as file:
+            file.write("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str, path: str = "/proc/self/status") -> int:
+    with open(path) as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise FlashSparseError(f"{path} has no {field}: this system does not report the process's memory")
+
+
+class _RusageInfoV4(ctypes.Structure):
+    """struct rusage_info_v4 of <sys/resource.h> on macOS: a uuid, then 35 counters, of which two matter here."""
+
+    _fields_ = (
+        ("ri_uuid", ctypes.c_uint8 * 16),
+        ("ri_user_time_to_resident_size", ctypes.c_uint64 * 7),
+        ("ri_phys_footprint", ctypes.c_uint64),
+        ("ri_proc_start_abstime_to_logical_writes", ctypes.c_uint64 * 20),
+        ("ri_lifetime_max_phys_footprint", ctypes.c_uint64),
+        ("ri_instructions_to_runnable_time", ctypes.c_uint64 * 6),
+    )
+
+
+_RUSAGE_INFO_V4 = 4
+
+
+def _libsystem() -> ctypes.CDLL:
+    return ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
+
+
+def _mac_usage() -> _RusageInfoV4:
+    # Written from Apple's headers and tested with a stand-in library only; it has not been run on a Mac.
+    call = _libsystem().proc_pid_rusage
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+    call.restype = ctypes.c_int
+    usage = _RusageInfoV4()
+    if call(os.getpid(), _RUSAGE_INFO_V4, ctypes.byref(usage)) != 0:
+        raise FlashSparseError(f"proc_pid_rusage failed with errno {ctypes.get_errno()}: the footprint is unknown")
+    return usage
+
+
+def cgroup_limit(root: str = "/") -> int | None:
+    """The tightest memory limit of this process's control group and its parents (v1 and v2); None when unlimited.
+
+    root: where /proc and /sys are looked for.
+    """
+    try:
+        lines = Path(root, "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    found: list[int] = []
+    for line in lines:
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
+        if controllers == "":
+            found += _limits(Path(root, "sys/fs/cgroup"), path, "memory.max")
+            found += _limits(Path(root, "sys/fs/cgroup/unified"), path, "memory.max")
+        elif "memory" in controllers.split(","):
+            found += _limits(Path(root, "sys/fs/cgroup/memory"), path, "memory.limit_in_bytes")
+    return min(found, default=None)
+
+
+def _limits(mount: Path, group: str, name: str) -> list[int]:
+    """Limits of `group` and its parents; in a container the group's own path may be missing below the mount."""
+    parts = [part for part in group.split("/") if part not in ("", ".", "..")]
+    limits = []
+    for depth in range(len(parts), -1, -1):
+        try:
+            text = mount.joinpath(*parts[:depth], name).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < _UNLIMITED:  # v2 writes "max"
+            limits.append(int(text))
+    return limits
+
+
+def default_budget(needs: int, runtime: int, machine: int | None = None, limit: int | None = None) -> int:
+    """Half of the machine or what the model needs, whichever is smaller, and no more than a control group allows.
+
+    needs: bytes with every record in a slot; runtime: footprint before loading; machine, limit: the machine's memory
+    and the control group's limit when given, else this machine's.
+    """
+    budget = min((machine or machine_memory()) // 2, needs)
+    limit = cgroup_limit() if limit is None else limit
+    return budget if limit is None else max(0, min(budget, limit - runtime - CGROUP_RESERVE))
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What a budget buys. Bytes, except `max_kv_size` (tokens), `records` (per layer) and `slots` (per layer)."""
+
+    budget: int
+    runtime: int  # footprint before loading, not part of the budget
+    resident: int
+    kv: int
+    max_kv_size: int
+    scratch: int
+    overhead: int
+    slots: tuple[int, ...]
+    slot_bytes: int  # from one slot to the next
+    slots_bytes: int
+    needs_all: int  # the budget with which every record has a slot
+    floor: int  # the smallest budget that works
+    records: int
+
+    @property
+    def unused(self) -> int:
+        return self.budget - self.resident - self.kv - self.scratch - self.overhead - self.slots_bytes
+
+    def describe(self) -> str:
+        """A few aligned lines for the terminal."""
+        rows = [
+            ("budget", self.budget, f"smallest {format_bytes(self.floor)}, everything {format_bytes(self.needs_all)}"),
+            ("resident", self.resident, "weights that are always in memory"),
+            ("kv cache", self.kv, f"{self.max_kv_size} tokens (--max-kv-size)"),
+            ("slots", self.slots_bytes, self._slots_note()),
+            ("scratch", self.scratch, ""),
+            ("overhead", self.overhead, ""),
+            ("unused", self.unused, ""),
+            ("runtime", self.runtime, "before loading, beside the budget"),
+        ]
+        return "\n".join(f"{name:<9}{format_bytes(size):>9}  {note}".rstrip() for name, size, note in rows)
+
+    def _slots_note(self) -> str:
+        if not any(self.slots):
+            return "none: layers are streamed"
+        least = min(self.slots)
+        share = f"{100 * least / self.records:.0f} %"
+        return f"{least} of {self.records} records in each of {len(self.slots)} layers ({share})"
+
+    def to_dict(self) -> dict[str, int | list[int]]:
+        """The plan as plain values, with `unused`."""
+        return {**asdict(self), "slots": list(self.slots), "unused": self.unused}
+
+
+def make_plan(
+    *,
+    budget: int,
+    runtime: int,
+    resident: int,
+    kv_bytes_per_token: int,
+    max_kv_size: int | None,
+    context_limit: int,
+    scratch: int,
+    overhead: int,
+    records: int,
+    layers: int,
+    slot_bytes: int,
+    floor_slots: int = 64,
+    expected_density: float = 0.12,
+) -> MemoryPlan:
+    """Divide `budget` among resident weights, KV cache and slots.
+
+    Bytes; `context_limit` and `max_kv_size` in tokens; `records` per layer. Without `max_kv_size` the KV cache takes
+    what leaves room for one token's set (`expected_density`) in every layer. `floor_slots=0`: the layers are streamed,
+    without slots. Raises BudgetError below the floor, UsageError for a `max_kv_size` that the model cannot use.
+    """
+    if max_kv_size is not None and not 1 <= max_kv_size <= context_limit:
+        raise UsageError(f"--max-kv-size {max_kv_size} is not between 1 and {context_limit}, the model's context")
+    fixed = resident + scratch + overhead
+    slots_price = layers * slot_bytes  # of one slot in every layer
+    least_slots = min(floor_slots, records)
+    most_slots = records if floor_slots else 0
+    context = max_kv_size or min(MIN_CONTEXT, context_limit)
+    floor = fixed + context * kv_bytes_per_token + least_slots * slots_price
+    if budget < floor:
+        raise _below_floor(budget, floor, resident, context * kv_bytes_per_token, context, least_slots * slots_price)
+    if max_kv_size is None:
+        token_set = min(most_slots, max(least_slots, -int(-records * expected_density // 1)))
+        room = budget - fixed - token_set * slots_price
+        context = max(context, _context_for(room, kv_bytes_per_token, context_limit))
+    kv = context * kv_bytes_per_token
+    slots = min(most_slots, (budget - fixed - kv) // slots_price) if most_slots else 0
+    return MemoryPlan(
+        budget=budget,
+        runtime=runtime,
+        resident=resident,
+        kv=kv,
+        max_kv_size=context,
+        scratch=scratch,
+        overhead=overhead,
+        slots=(slots,) * layers,
+        slot_bytes=slot_bytes,
+        slots_bytes=slots * slots_price,
+        needs_all=fixed + (max_kv_size or context_limit) * kv_bytes_per_token + most_slots * slots_price,
+        floor=floor,
+        records=records,
+    )
+
+
+def _context_for(room: int, bytes_per_token: int, limit: int) -> int:
+    tokens = max(0, room) // max(1, bytes_per_token)
+    return limit if tokens >= limit else tokens // CONTEXT_STEP * CONTEXT_STEP
+
+
+def _below_floor(budget: int, floor: int, resident: int, kv: int, context: int, slots: int) -> BudgetError:
+    smallest = -(-floor // 1_000_000)
+    return BudgetError(
+        f"a budget of {format_bytes(budget)} is too small: resident weights {format_bytes(resident)}, KV cache "
+        f"{format_bytes(kv)} ({context} tokens), slots {format_bytes(slots)} and buffers need {format_bytes(floor)}; "
+        f"the smallest that works is --dram {smallest}MB",
+        smallest=floor,
+    )
