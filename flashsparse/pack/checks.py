@@ -129,7 +129,7 @@ class Node:
             self.fail(key, found, "a list of objects")
         return [Node(item, self.path, f"{self.name(key)}[{index}]") for index, item in enumerate(found)]
 
-    def finish(self, result: Any = None) -> Any:
+    def finish(self, result: T) -> T:
         """Returns `result`; raises PackError naming the fields nobody took."""
         if self.left:
             names = ", ".join(self.name(key) for key in sorted(self.left))

@@ -224,7 +224,7 @@ def read_manifest(pack_dir: str | os.PathLike[str]) -> Manifest:
     _check_consistent(node, manifest)
     _check_files(node, manifest)
     digest = node.text("digest")
-    node.finish()
+    node.finish(manifest)
     if digest != manifest.digest or text != manifest.to_json():
         raise DamagedPackError(
             f"{path / MANIFEST}: found digest {digest!r}, expected {manifest.digest!r} for its contents "

@@ -191,7 +191,7 @@ def read_tensor(header: Header, name: str, start: int = 0, rows: int | None = No
         raise ValueError(f"{header.path}: tensor {name!r}: rows {start}..{start + rows} of {count}")
     row_bytes = info.nbytes // count if count else 0
     out = np.empty((rows, *info.shape[1:]) if info.shape else (), dtype=numpy_dtype(info.dtype))
-    view = memoryview(out.reshape(-1).view(np.uint8))
+    view = out.reshape(-1).view(np.uint8).data
     with open(header.path, "rb", buffering=0) as file:
         file.seek(info.begin + start * row_bytes)
         done = 0
