@@ -61,11 +61,10 @@ class SlotTable:
         # Eviction order, all keys distinct: free slots are negative, used ones are round number * slots + slot.
         self._key = np.arange(-slots, 0, dtype=np.int64)
         self._clock = 0
-        self._token_starts: deque[int] = deque([0], maxlen=window)
+        self._token_starts: deque[int] = deque([1], maxlen=window)
         self._bonus = self._pin_bonus(pins)
         self._open: Round | None = None
-        self._queue = np.empty(0, np.int64)  # victims in order, as of the last look at all slots
-        self._queue_keys = np.empty(0, np.int64)
+        self._queue = self._queue_keys = np.empty(0, np.int64)  # next victims in order, and their keys when queued
 
     def rounds(self, ids: npt.ArrayLike) -> Iterator[Round]:
         """Rounds that cover `ids` (ascending, unique) in order: one when they fit in the slots, none without ids.
@@ -73,11 +72,14 @@ class SlotTable:
         Raises ValueError for ids that are not ascending or out of range.
         """
         wanted = self._validated(ids)
+        if self._open is not None:  # left behind by a caller that failed; its frames may keep the iterator alive
+            self._abort(self._open)
+            self._open = None
         return self._rounds(wanted)
 
     def end_token(self) -> None:
         """A forward step is over. Call once per step; what `recent` reports moves on."""
-        self._token_starts.append(self._clock)
+        self._token_starts.append(self._clock + 1)
 
     def resident(self) -> Ints:
         """Ascending numbers of the records that are in slots."""
@@ -130,6 +132,8 @@ class SlotTable:
 
     def _rounds(self, ids: Ints) -> Iterator[Round]:
         for start in range(0, len(ids), self.slots):
+            if self._open is not None:
+                raise RuntimeError("another request of this layer began before this one was over")
             this = self._start(ids[start : start + self.slots])
             try:
                 yield this
@@ -139,8 +143,6 @@ class SlotTable:
                     self._open = None
 
     def _start(self, ids: Ints) -> Round:
-        if self._open is not None:  # left behind by a caller that failed; its frames may keep the iterator alive
-            self._abort(self._open)
         slots = self._slot_of[ids]
         missing = slots < 0
         count = int(np.count_nonzero(missing))
@@ -174,7 +176,7 @@ class SlotTable:
         free = this.slots[this.missing]
         self._stamp(this.ids, this.slots)
         self._key[free] = free - np.int64(self.slots)
-        self._queue = self._queue[:0]  # free slots go before what is queued
+        self._queue = self._queue_keys = np.empty(0, np.int64)  # free slots go before what was queued
         self._open = None
 
     def _stamp(self, ids: Ints, slots: Ints) -> None:
@@ -198,9 +200,9 @@ class SlotTable:
         return taken
 
     def _fill_queue(self, count: int) -> None:
-        length = min(self.slots, max(8 * count, self.slots // 8))
-        order = np.argpartition(self._key, length - 1)[:length] if length < self.slots else np.arange(self.slots)
-        order = order[np.argsort(self._key[order])]
-        unpinned = int(np.searchsorted(self._key[order], _PINNED))
-        self._queue = order[: max(count, unpinned)]
-        self._queue_keys = self._key[self._queue]
+        length = min(self.slots, max(4 * count, self.slots // 8))
+        keys = np.partition(self._key, length - 1)[:length] if length < self.slots else self._key.copy()
+        keys.sort()  # keys alone: a slot's number is its key modulo the slots, and sorting values is fast
+        keys = keys[: max(count, int(np.searchsorted(keys, _PINNED)))]
+        self._queue_keys = keys
+        self._queue = np.where(keys < _PINNED, keys, keys - _PINNED) % self.slots

@@ -1,0 +1,246 @@
+"""The slot table against a plain model, over any sequence of requests, failures and pins."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from flashsparse.cache import Round, SlotTable
+
+RECORDS = 24
+requests = st.sets(st.integers(0, RECORDS - 1)).map(sorted)
+
+
+class Model:
+    """What a slot table must do, the slow way: one dict from record to slot and the round of each slot's last use."""
+
+    def __init__(self, slots: int, pins: set[int]) -> None:
+        self.slots, self.pins = slots, pins
+        self.slot_of: dict[int, int] = {}
+        self.used = dict.fromkeys(range(slots), 0)
+        self.round = 0
+
+    def start(self, ids: list[int]) -> dict[int, int]:
+        """Evict for the missing records of one round; their slots in the order in which they are given out."""
+        missing = [i for i in ids if i not in self.slot_of]
+        taken = set(self.slot_of.values())
+        free = [slot for slot in range(self.slots) if slot not in taken]
+        rest = [i for i in self.slot_of if i not in ids]
+        rest.sort(key=lambda i: (i in self.pins, self.used[self.slot_of[i]], self.slot_of[i]))
+        evicted = rest[: max(0, len(missing) - len(free))]
+        given_out = (free + [self.slot_of.pop(i) for i in evicted])[: len(missing)]
+        return dict(zip(missing, given_out, strict=True))
+
+    def finish(self, ids: list[int], arrived: dict[int, int]) -> None:
+        self.slot_of |= arrived
+        self.round += 1
+        for i in ids:
+            if i in self.slot_of:
+                self.used[self.slot_of[i]] = self.round
+
+
+class Sequences(RuleBasedStateMachine):
+    @initialize(
+        slots=st.integers(1, RECORDS + 2), pins=st.sets(st.integers(0, RECORDS - 1), max_size=6), k=st.integers(1, 4)
+    )
+    def begin(self, slots: int, pins: set[int], k: int) -> None:
+        pins = set(sorted(pins)[:slots])
+        self.table = SlotTable(RECORDS, slots, window=k, pins=np.array(sorted(pins)))
+        self.model = Model(slots, pins)
+        self.bytes_of: dict[int, int] = {}  # slot -> the record whose bytes lie there
+        self.masks: deque[set[int]] = deque([set()], maxlen=k)
+        self.loaded = 0
+
+    @rule(ids=requests)
+    def request(self, ids: list[int]) -> None:
+        seen: list[int] = []
+        before, misses = set(self.table.resident().tolist()), self.table.misses
+        for part in self.table.rounds(np.array(ids, np.int32)):
+            self.check_round(part)
+            self.read(part)
+            part.commit()
+            assert all(self.bytes_of[slot] == i for i, slot in zip(part.ids.tolist(), part.slots.tolist(), strict=True))
+            self.model.finish(part.ids.tolist(), self.arriving)
+            self.table.check()
+            seen += part.ids.tolist()
+            self.loaded += len(self.arriving)
+        assert seen == ids
+        if len(ids) <= self.table.slots:
+            assert self.table.misses - misses == len(set(ids) - before)
+        self.masks[-1] |= set(ids)
+
+    @rule(ids=requests, how=st.sampled_from(["abort", "leave", "keep", "read half"]), stop=st.integers(0, 3))
+    def failing_request(self, ids: list[int], how: str, stop: int) -> None:
+        rounds = self.table.rounds(np.array(ids, np.int32))
+        for n, part in enumerate(rounds):
+            self.check_round(part)
+            if n < stop:
+                self.read(part)
+                part.commit()
+                self.model.finish(part.ids.tolist(), self.arriving)
+                self.loaded += len(self.arriving)
+                continue
+            if how == "read half":
+                for slot in part.slots[part.missing][::2].tolist():
+                    self.bytes_of[slot] = -1
+            if how == "abort":
+                part.abort()
+                with pytest.raises(RuntimeError):
+                    part.commit()
+            if how == "keep":  # as when an exception's traceback keeps the iterator alive
+                self.kept = rounds
+            self.model.finish(part.ids.tolist(), {})
+            break
+        self.masks = deque([set()], maxlen=self.masks.maxlen)  # an aborted token promises nothing about the window
+        if how == "keep":
+            list(self.table.rounds(np.array([], np.int32)))
+        else:
+            rounds.close()
+            self.table.check()
+
+    @rule()
+    def end_token(self) -> None:
+        self.table.end_token()
+        self.masks.append(set())
+
+    def check_round(self, part: Round) -> None:
+        ids, slots = part.ids.tolist(), part.slots.tolist()
+        assert len(ids) <= self.table.slots and len(set(slots)) == len(slots)
+        self.arriving = self.model.start(ids)
+        assert [i for i, new in zip(ids, part.missing.tolist(), strict=True) if new] == list(self.arriving)
+        assert dict(zip(ids, slots, strict=True)) == {i: (self.model.slot_of | self.arriving)[i] for i in ids}
+
+    def read(self, part: Round) -> None:
+        for i, slot in zip(part.ids[part.missing].tolist(), part.slots[part.missing].tolist(), strict=True):
+            self.bytes_of[slot] = i
+
+    @invariant()
+    def same_as_the_model(self) -> None:
+        if not hasattr(self, "table"):
+            return
+        resident = set(self.table.resident().tolist())
+        assert len(resident) <= self.table.slots
+        if getattr(self, "kept", None) is None:
+            assert resident == set(self.model.slot_of)
+            assert self.table.misses == self.loaded
+        assert all(self.bytes_of[slot] == i for i, slot in self.model.slot_of.items())
+        window = set().union(*self.masks)
+        if len(window | self.model.pins) <= self.table.slots:
+            assert resident >= window
+            assert set(self.table.recent().tolist()) >= window
+        self.kept = None
+
+
+TestSequences = Sequences.TestCase
+TestSequences.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+@given(ids=st.lists(requests, max_size=12), slots=st.integers(1, RECORDS))
+@settings(max_examples=50, deadline=None)
+def test_same_requests_give_same_slots(ids: list[list[int]], slots: int) -> None:
+    tables = [SlotTable(RECORDS, slots), SlotTable(RECORDS, slots)]
+    for wanted in ids:
+        chosen = [[part.slots.tolist() for part in run_all(table, wanted)] for table in tables]
+        assert chosen[0] == chosen[1]
+
+
+def run_all(table: SlotTable, ids: list[int]) -> list[Round]:
+    done = []
+    for part in table.rounds(ids):
+        part.commit()
+        done.append(part)
+    table.end_token()
+    return done
+
+
+def test_one_round_when_the_set_fits() -> None:
+    table = SlotTable(100, 10)
+    assert len(run_all(table, list(range(10)))) == 1
+    assert [len(part.ids) for part in run_all(table, list(range(50, 75)))] == [10, 10, 5]
+    assert run_all(table, []) == []
+
+
+def test_least_recently_used_goes_first_and_pins_last() -> None:
+    table = SlotTable(10, 3, pins=[0])
+    for wanted in ([0], [1], [2], [1], [3]):
+        run_all(table, wanted)
+    assert table.resident().tolist() == [0, 1, 3]
+    run_all(table, [4, 5])
+    assert table.resident().tolist() == [0, 4, 5]
+    run_all(table, [7, 8, 9])
+    assert table.resident().tolist() == [7, 8, 9]
+    run_all(table, [0])
+    run_all(table, [1, 2])
+    assert table.resident().tolist() == [0, 1, 2]
+    table.check()
+
+
+def test_recent_is_the_window() -> None:
+    table = SlotTable(10, 10, window=2)
+    for wanted in ([0, 1], [2], [1, 3]):
+        run_all(table, wanted)
+    assert table.recent().tolist() == [1, 3]  # the step that has just begun, and the one before
+    assert table.resident().tolist() == [0, 1, 2, 3]
+
+
+def test_counts_hits_and_misses() -> None:
+    table = SlotTable(10, 4)
+    for wanted in ([0, 1, 2], [1, 2, 3], [1, 2, 3]):
+        run_all(table, wanted)
+    assert (table.hits, table.misses) == (5, 4)
+
+
+def test_begin_is_kept_by_slot() -> None:
+    table = SlotTable(10, 4)
+    part = next(iter(table.rounds([3, 7])))
+    table.set_begin(part.slots, np.array([128, 512]))
+    assert table.begin[part.slots].tolist() == [128, 512]
+
+
+@pytest.mark.parametrize("ids", [[3, 3], [4, 2], [-1, 2], [2, 10], [[1, 2]]])
+def test_refuses_other_ids(ids: list[int]) -> None:
+    with pytest.raises(ValueError, match="ids must be"):
+        SlotTable(10, 4).rounds(ids)
+
+
+def test_refuses_senseless_sizes() -> None:
+    with pytest.raises(ValueError, match="must be positive"):
+        SlotTable(10, 0)
+    with pytest.raises(ValueError, match="5 pins"):
+        SlotTable(10, 4, pins=range(5))
+    with pytest.raises(ValueError, match="pins from 3 to 10"):
+        SlotTable(10, 4, pins=[3, 10])
+
+
+def test_commit_twice_is_an_error() -> None:
+    table = SlotTable(10, 4)
+    for part in table.rounds([1, 2]):
+        part.commit()
+        with pytest.raises(RuntimeError, match="already committed"):
+            part.commit()
+    with pytest.raises(RuntimeError):
+        part.commit()
+    assert table.resident().tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_a_request_left_behind_does_not_block_the_next(commit: bool) -> None:
+    table = SlotTable(10, 4)
+    left = table.rounds([0, 1, 2, 3, 4])
+    part = next(left)
+    if commit:
+        part.commit()
+    run_all(table, [7, 8])
+    assert table.resident().tolist() == ([2, 3, 7, 8] if commit else [7, 8])
+    table.check()
+    assert not run_all(table, [7, 8])[0].missing.any()
+    waiting = next(new := table.rounds([1]))
+    with pytest.raises(RuntimeError, match="another request"):
+        next(left)
+    waiting.commit()
+    assert list(new) == []

@@ -1,0 +1,226 @@
+"""Sizes, footprints, control groups and the memory plan."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsparse import memory
+from flashsparse.errors import BudgetError, FlashSparseError, UsageError
+
+GB = 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("7GB", 7 * GB), ("7 gb", 7 * GB), ("4GiB", 4 << 30), ("1.5GB", 1_500_000_000), ("512MiB", 512 << 20),
+        ("50%", 8 * GB), ("12.5 %", 2 * GB), ("123456", 123456), ("100%", 16 * GB), ("9007199254740993", 2**53 + 1),
+    ],
+)  # fmt: skip
+def test_parse_size(text: str, size: int) -> None:
+    assert memory.parse_size(text, 16 * GB) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "7XB", "-7GB", "7,5GB", "120%", "0", "0%", "1e9", "seven"])
+def test_parse_size_refuses(text: str) -> None:
+    with pytest.raises(UsageError, match="size"):
+        memory.parse_size(text, 16 * GB)
+
+
+def test_format_bytes() -> None:
+    sizes = (7 * GB, 512_000_000, 1_500_000, 2_500, 12)
+    assert [memory.format_bytes(size) for size in sizes] == ["7.00 GB", "512 MB", "1.5 MB", "2.5 kB", "12 B"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_footprint_follows_what_is_touched() -> None:
+    before, machine = memory.footprint(), memory.machine_memory()
+    block = bytearray(b"\1" * 40_000_000)
+    assert memory.footprint() - before > 30_000_000
+    assert 0 < memory.footprint() <= memory.peak_footprint() < machine
+    del block
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_reset_peak() -> None:
+    block = bytearray(b"\1" * 80_000_000)
+    peak = memory.peak_footprint()
+    del block
+    if not memory.reset_peak():
+        pytest.skip("this system refuses")
+    assert memory.peak_footprint() < peak - 40_000_000
+    assert memory.reset_peak("/proc/no-such-file") is False
+
+
+def test_status_without_the_field_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "status").write_text("Name: x\nVmRSS:\t  12 kB\n")
+    assert memory._status("VmRSS", str(tmp_path / "status")) == 12 * 1024
+    with pytest.raises(FlashSparseError, match="VmHWM"):
+        memory._status("VmHWM", str(tmp_path / "status"))
+
+
+def fake_mac(monkeypatch: pytest.MonkeyPatch, result: int) -> None:
+    def proc_pid_rusage(pid: int, flavor: int, buffer: object) -> int:
+        assert flavor == 4
+        usage = buffer._obj  # type: ignore[attr-defined]
+        # Where <sys/resource.h> puts them: a 16-byte uuid, then counters 7 and 28 of 35.
+        words = (ctypes.c_uint64 * 37).from_buffer(usage)
+        words[2 + 7], words[2 + 28] = 1111, 2222
+        return result
+
+    monkeypatch.setattr(memory, "_libsystem", lambda: SimpleNamespace(proc_pid_rusage=proc_pid_rusage))
+    monkeypatch.setattr(memory.sys, "platform", "darwin")
+
+
+def test_mac_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_mac(monkeypatch, 0)
+    assert ctypes.sizeof(memory._RusageInfoV4) == 296
+    assert (memory.footprint(), memory.peak_footprint()) == (1111, 2222)
+
+
+def test_mac_failure_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_mac(monkeypatch, -1)
+    with pytest.raises(FlashSparseError, match="proc_pid_rusage"):
+        memory.footprint()
+
+
+def put(root: Path, name: str, text: str) -> None:
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+
+
+def test_cgroup_v2_takes_the_tightest_parent(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "0::/user/app/run")
+    put(tmp_path, "sys/fs/cgroup/user/app/run/memory.max", "max")
+    put(tmp_path, "sys/fs/cgroup/user/app/memory.max", "9000000000")
+    put(tmp_path, "sys/fs/cgroup/user/memory.max", "8000000000")
+    assert memory.cgroup_limit(str(tmp_path)) == 8_000_000_000
+
+
+def test_cgroup_v1_takes_the_tightest_parent(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "5:devices:/x\n4:memory:/a/b\n0::/")
+    put(tmp_path, "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes", "3000000000")
+    put(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", str(2**63 - 4096))
+    put(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
+    put(tmp_path, "sys/fs/cgroup/devices/x/memory.limit_in_bytes", "1")
+    assert memory.cgroup_limit(str(tmp_path)) == 3_000_000_000
+
+
+def test_cgroup_path_of_the_host_seen_from_a_container(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "4:cpu,memory:/docker/1234\n0::/../outer")
+    put(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "2000000000")
+    assert memory.cgroup_limit(str(tmp_path)) == 2_000_000_000
+
+
+def test_cgroup_hybrid_mount(tmp_path: Path) -> None:
+    put(tmp_path, "proc/self/cgroup", "0::/a")
+    put(tmp_path, "sys/fs/cgroup/unified/a/memory.max", "1000000000")
+    assert memory.cgroup_limit(str(tmp_path)) == 1_000_000_000
+
+
+def test_no_cgroup_limit(tmp_path: Path) -> None:
+    assert memory.cgroup_limit(str(tmp_path)) is None
+    put(tmp_path, "proc/self/cgroup", "4:memory:/a\n0::/\nnonsense")
+    put(tmp_path, "sys/fs/cgroup/memory/a/memory.limit_in_bytes", "9223372036854771712")
+    put(tmp_path, "sys/fs/cgroup/memory.max", "max")
+    assert memory.cgroup_limit(str(tmp_path)) is None
+
+
+def test_default_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "cgroup_limit", lambda: None)
+    assert memory.default_budget(20 * GB, 0, machine=16 * GB) == 8 * GB
+    assert memory.default_budget(3 * GB, 0, machine=16 * GB) == 3 * GB
+    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=4 * GB) == 4 * GB - 75_000_000 - 64_000_000
+    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=100_000_000) == 0
+
+
+SHAPE = {
+    "runtime": 75_000_000, "resident": 7 * GB, "kv_bytes_per_token": 524_288, "max_kv_size": None,
+    "context_limit": 4096, "scratch": 100_000_000, "overhead": 50_000_000, "records": 11008, "layers": 32,
+    "slot_bytes": 17_408,
+}  # fmt: skip
+
+
+def test_plan_leaves_room_for_one_token() -> None:
+    plan = memory.make_plan(budget=9 * GB, **SHAPE)
+    assert plan.max_kv_size % 64 == 0 and 256 < plan.max_kv_size < 4096
+    assert len(set(plan.slots)) == 1 and plan.slots[0] >= 0.12 * 11008
+    assert plan.unused < 32 * 17_408
+    assert plan.slots_bytes == sum(plan.slots) * plan.slot_bytes
+
+
+def test_plan_of_everything() -> None:
+    plan = memory.make_plan(budget=9 * GB, **SHAPE)
+    whole = memory.make_plan(budget=plan.needs_all, **SHAPE)
+    assert whole.slots == (11008,) * 32 and whole.max_kv_size == 4096 and whole.unused == 0
+    assert memory.make_plan(budget=plan.needs_all + 5, **SHAPE).unused == 5
+
+
+def test_plan_below_the_floor_names_the_smallest() -> None:
+    with pytest.raises(BudgetError, match="too small") as caught:
+        memory.make_plan(budget=GB, **SHAPE)
+    smallest = caught.value.smallest
+    plan = memory.make_plan(budget=smallest, **SHAPE)
+    assert plan.slots == (64,) * 32 and plan.max_kv_size == 256 and plan.floor == smallest
+    with pytest.raises(BudgetError):
+        memory.make_plan(budget=smallest - 1, **SHAPE)
+    words = str(caught.value).split()
+    assert memory.parse_size(words[words.index("--dram") + 1], 0) >= smallest
+
+
+def test_plan_with_a_given_context() -> None:
+    plan = memory.make_plan(budget=9 * GB, **(SHAPE | {"max_kv_size": 100}))
+    assert plan.max_kv_size == 100 and plan.kv == 100 * 524_288
+    for tokens in (0, 4097):
+        with pytest.raises(UsageError, match="--max-kv-size"):
+            memory.make_plan(budget=9 * GB, **(SHAPE | {"max_kv_size": tokens}))
+
+
+def test_plan_of_streamed_layers_has_no_slots() -> None:
+    plan = memory.make_plan(budget=9 * GB, **(SHAPE | {"floor_slots": 0}))
+    assert plan.slots == (0,) * 32 and plan.slots_bytes == 0
+    assert plan.max_kv_size == (9 * GB - 7_150_000_000) // 524_288 // 64 * 64
+    assert "streamed" in plan.describe()
+
+
+@given(
+    extra=st.integers(0, 30_000_000), records=st.integers(1, 500), layers=st.integers(1, 6),
+    context=st.integers(1, 900), kv=st.integers(0, 9000), density=st.floats(0, 1),
+    given_context=st.none() | st.integers(1, 900),
+)  # fmt: skip
+def test_plan_never_exceeds_its_budget(
+    extra: int, records: int, layers: int, context: int, kv: int, given_context: int | None, density: float
+) -> None:
+    shape = {
+        "runtime": 1, "resident": 1000, "kv_bytes_per_token": kv, "context_limit": context, "scratch": 10,
+        "max_kv_size": None if given_context is None else min(given_context, context), "overhead": 5,
+        "records": records, "layers": layers, "slot_bytes": 640, "expected_density": density,
+    }  # fmt: skip
+    with pytest.raises(BudgetError) as caught:
+        memory.make_plan(budget=0, **shape)
+    plan = memory.make_plan(budget=caught.value.smallest + extra, **shape)
+    assert plan.unused >= 0 and min(64, records) <= plan.slots[0] <= records
+    assert min(256, context) <= plan.max_kv_size <= context or plan.max_kv_size == shape["max_kv_size"]
+    assert plan.budget <= plan.needs_all or plan.slots[0] == records
+
+
+def test_plan_describes_itself() -> None:
+    plan = memory.make_plan(budget=9 * GB, **SHAPE)
+    lines = plan.describe().splitlines()
+    assert lines[0].split()[:3] == ["budget", "9.00", "GB"]
+    assert len({line.index(" ", 10) for line in lines if line.startswith(("budget", "resident"))}) == 1
+    assert plan.to_dict()["slots"] == list(plan.slots) and plan.to_dict()["unused"] == plan.unused
+
+
+def test_imports_neither_mlx_nor_numpy() -> None:
+    code = "import sys, flashsparse.memory; sys.exit(any(m in sys.modules for m in ('mlx', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
