@@ -40,7 +40,7 @@ class Recipe:
     activation: str = "relu"
     hidden_size: int = 256
     intermediate_size: int = 1152
-    layers: int = 6
+    layers: int = 5
     heads: int = 4
     kv_heads: int = 2
     vocab: int = 4096
@@ -142,11 +142,51 @@ def make_model(recipe: Recipe) -> LlamaForCausalLM:
     return model
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon in float32 (torch's own rounds to bfloat16, which many CPUs multiply very slowly).
+
+    Momentum 0.95, Nesterov, five quintic Newton-Schulz steps; updates scaled to AdamW's usual root mean square
+    (0.2 * sqrt(max(rows, columns)), arXiv 2502.16982). Matrices of one shape are orthogonalized as a batch.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[torch.nn.Parameter]] = {}
+            for p in group["params"]:
+                shapes.setdefault(p.shape, []).append(p)
+            for shape, members in shapes.items():
+                update = self._orthogonal(torch.stack([self._direction(p) for p in members]))
+                for p, u in zip(members, update, strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(u, alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+    def _direction(self, p: torch.nn.Parameter) -> torch.Tensor:
+        state = self.state[p]
+        if "momentum" not in state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 0.05)
+        return p.grad.lerp(state["momentum"], 0.95)
+
+    @staticmethod
+    def _orthogonal(g: torch.Tensor) -> torch.Tensor:
+        tall = g.shape[-2] > g.shape[-1]
+        x = g.mT if tall else g
+        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+        for _ in range(5):
+            a = x @ x.mT
+            x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        return x.mT if tall else x
+
+
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=recipe.lr, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=recipe.lr, weight_decay=0.05),
         torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -171,7 +211,7 @@ class Batches:
 
     def draw(self, progress: float) -> torch.Tensor:
         late = progress >= self.recipe.stories_start
-        share = self.recipe.stories_share if late else 0.06
+        share = self.recipe.stories_share if late else 0.12
         rows = [self._row(self.stories if self.rng.random() < share else self.books) for _ in range(self.recipe.batch)]
         return torch.from_numpy(np.stack(rows))
 
@@ -240,6 +280,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer) -> tuple[LlamaForCausalLM, dict[
         for optimizer in chosen:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * learning_rate(progress)
+        tick = time.monotonic()
         rows = batches.draw(progress)
         loss, magnitude = run(rows[:, :-1], rows[:, 1:])
         (loss + pressure_weight(progress, recipe) * magnitude).backward()
@@ -248,10 +289,10 @@ def train(recipe: Recipe, tokenizer: Tokenizer) -> tuple[LlamaForCausalLM, dict[
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         done, count = done + recipe.batch * recipe.context, count + 1
-        if count % 20 == 0:
+        if count % 10 == 0:
             print(
                 f"step {count} tokens {done / 1e6:.2f}M progress {progress:.3f} loss {loss.item():.3f} "
-                f"|h| {magnitude.item():.4f} tok/s {(done - state['tokens']) / (time.monotonic() - began):.0f}",
+                f"|h| {magnitude.item():.4f} tok/s {recipe.batch * recipe.context / (time.monotonic() - tick):.0f}",
                 flush=True,
             )
         if time.monotonic() - saved > 300:

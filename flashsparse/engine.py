@@ -1,0 +1,333 @@
+"""Engine: a pack loaded under a memory budget.
+
+Owns loading and everything that conversations share: resident weights, slots, the read pool, kernels, counters. The
+conversation itself (tokens, KV cache contents, sampling) is a Session's.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashsparse import memory
+from flashsparse.errors import SessionError, UsageError
+from flashsparse.memory import MemoryPlan
+from flashsparse.stats import Counters, Stats
+
+if TYPE_CHECKING:
+    from flashsparse.ffn import Scratch, StreamedFFN
+    from flashsparse.flash import FlashFile, ReadPool
+    from flashsparse.kernels import Kernels
+    from flashsparse.models.modules import Decoder
+    from flashsparse.pack.manifest import Manifest
+    from flashsparse.session import Session
+
+READ_MODES = ("auto", "direct", "buffered")
+MAX_TILE_BYTES = 32 << 20
+MIN_TILE_BYTES = 128 << 10
+HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
+ACTIVATION_COPIES = 16  # arrays [chunk, d] alive at once in one layer, MLX's and ours
+THREAD_BYTES = 96 << 10  # stack and allocator arena that a thread touches
+PROCESS_BYTES = 3 << 20  # what Python, numpy and MLX allocate for themselves while running
+
+
+def load(
+    path: str | os.PathLike[str],
+    dram: str | int | None = None,
+    max_kv_size: int | None = None,
+    threads: int | None = None,
+    io_threads: int = 16,
+    read_mode: str = "auto",
+    kernels: str = "auto",
+    on_plan: Callable[[MemoryPlan], None] | None = None,
+    slots: int | None = None,
+) -> Engine:
+    """Load a pack under a memory budget.
+
+    Args:
+        path: the pack's directory.
+        dram: the budget, in bytes or as "7GB", "4GiB", "50%". None: half of the machine's memory or what the model
+            needs, whichever is smaller, within a control group's limit.
+        max_kv_size: positions (tokens) of KV cache to reserve. None: as many as leave room for one token's set.
+        threads: compute threads. None: one per core. io_threads: threads that read from flash.
+        read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works.
+        kernels: "native", "reference" (plain MLX operators, slow) or "auto".
+        on_plan: called with the memory plan before anything is loaded.
+        slots: slots per layer instead of what the budget buys (for tests and measurements).
+
+    Raises:
+        PackError, DamagedPackError: not a pack that this version can read.
+        BudgetError: the budget cannot hold the floor; `smallest` says what would.
+        UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
+    """
+    return Engine(path, _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots))
+
+
+class _Options:
+    """The arguments of load(), checked."""
+
+    def __init__(
+        self,
+        dram: str | int | None,
+        max_kv_size: int | None,
+        threads: int | None,
+        io_threads: int,
+        read_mode: str,
+        kernels: str,
+        on_plan: Callable[[MemoryPlan], None] | None,
+        slots: int | None,
+    ) -> None:
+        if read_mode not in READ_MODES:
+            raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
+        for name, value in (("threads", threads), ("io_threads", io_threads), ("slots", slots)):
+            if value is not None and not 1 <= value <= (1 << 24 if name == "slots" else 1024):
+                raise UsageError(f"{name} is {value}, expected at least 1")
+        self.dram, self.max_kv_size, self.slots, self.on_plan = dram, max_kv_size, slots, on_plan
+        self.threads = threads or os.cpu_count() or 1
+        self.io_threads, self.read_mode, self.kernels = io_threads, read_mode, kernels
+
+
+class Engine:
+    """A loaded pack. Use `session()` for a conversation; close it, or use it as a context manager."""
+
+    def __init__(self, path: str | os.PathLike[str], options: _Options) -> None:
+        from flashsparse.pack.manifest import Manifest
+
+        self.manifest: Manifest = Manifest.load(Path(path))
+        self.counters = Counters()
+        self._session: Session | None = None
+        self._files: list[FlashFile] = []
+        self._pool: ReadPool | None = None
+        self._kernels: Kernels | None = None
+        try:
+            self._load(options)
+        except BaseException:
+            self.close()
+            raise
+
+    def _load(self, options: _Options) -> None:
+        """Imports and the tokenizer come first: what they cost is `runtime`, not the engine's budget."""
+        from flashsparse.flash import ReadPool
+        from flashsparse.kernels import make_kernels
+        from flashsparse.runtime import import_mlx_lm, load_tokenizer
+
+        import_mlx_lm()
+        self.tokenizer = load_tokenizer(self.manifest)
+        self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
+        memory.reset_peak()
+        self.runtime_bytes = memory.footprint()
+        began = time.perf_counter()
+        self._pool = ReadPool(options.io_threads)
+        self._open_files(options.read_mode)
+        self.plan = self._make_plan(options)
+        if options.on_plan is not None:
+            options.on_plan(self.plan)
+        self.decoder: Decoder = self._build()
+        self.end_tokens = self._end_tokens()
+        self.load_s = time.perf_counter() - began
+
+    def _open_files(self, mode: str) -> None:
+        from flashsparse.flash import FlashFile
+
+        paths = [self.manifest.resident_path, *(self.manifest.flash_path(i) for i in range(self.manifest.layers))]
+        for path in paths:
+            self._files.append(FlashFile(path, mode))
+
+    @property
+    def context_limit(self) -> int:
+        """Positions that the model was made for."""
+        return int(self.manifest.config["max_position_embeddings"])
+
+    @property
+    def read_mode(self) -> str:
+        """How records are read: "direct" only when every file accepts it."""
+        return "direct" if all(f.direct for f in self._files) else "buffered"
+
+    @property
+    def kernels(self) -> str:
+        assert self._kernels is not None
+        return self._kernels.name
+
+    @property
+    def stats(self) -> Stats:
+        """Everything since loading, counted as decode."""
+        stats = self.new_stats()
+        stats.decode = self.counters.copy()
+        stats.peak_memory_bytes = self.peak_memory()
+        return stats
+
+    def session(self) -> Session:
+        """Start a conversation. The plan reserves one KV cache, so there is one session at a time (SessionError)."""
+        from flashsparse.session import Session
+
+        if self._pool is None:
+            raise SessionError("the engine is closed; load the pack again")
+        if self._session is not None:
+            raise SessionError("this engine has a session already: close it first, the memory plan reserves one")
+        for cache in self._caches:
+            cache.offset = 0
+        self._session = Session(self, self._caches)
+        return self._session
+
+    def release(self, session: Session) -> None:
+        """Called by a session that closes."""
+        if self._session is session:
+            self._session = None
+
+    def peak_memory(self) -> int:
+        """The process's peak footprint since loading began, in bytes (since its start where that cannot be reset)."""
+        return memory.peak_footprint()
+
+    def new_stats(self) -> Stats:
+        return Stats(
+            tier=self.manifest.tier,
+            read_mode=self.read_mode,
+            kernels=self.kernels,
+            load_s=self.load_s,
+            budget_bytes=self.plan.budget,
+            runtime_bytes=self.runtime_bytes,
+        )
+
+    def observe(self, observer: Callable[[int, np.ndarray], None] | None) -> None:
+        """Call `observer(layer, ids)` with the active neurons of every step of every layer (None: stop)."""
+        for index, ffn in enumerate(self._ffns):
+            ffn.observer = None if observer is None else lambda ids, index=index: observer(index, ids)
+
+    def close(self) -> None:
+        """Stop threads, close files, drop the weights."""
+        if self._session is not None:
+            self._session.close()
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+        if self._kernels is not None:
+            self._kernels.close()
+        for file in self._files:
+            file.close()
+        self._files.clear()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _make_plan(self, options: _Options) -> MemoryPlan:
+        m = self.manifest
+        needs: dict[str, Any] = {
+            "runtime": self.runtime_bytes,
+            "resident": m.files["resident.safetensors"].bytes + (32 << 10),
+            "kv_bytes_per_token": 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2),
+            "max_kv_size": options.max_kv_size,
+            "context_limit": self.context_limit,
+            "overhead": PROCESS_BYTES + THREAD_BYTES * (options.io_threads + options.threads),
+            "records": m.intermediate_size,
+            "layers": m.layers,
+            "slot_bytes": self._slot_bytes(),
+            "floor_slots": 64 if m.tier == "exact" else 0,
+        }
+        if options.slots is not None and m.tier == "exact":
+            needs["floor_slots"] = options.slots
+        budget = self._budget(options, needs)
+        return memory.make_plan(budget=budget, scratch=self._scratch_bytes(budget), **needs)
+
+    def _budget(self, options: _Options, needs: dict[str, Any]) -> int:
+        """The budget asked for. With `slots` given, exactly what holds them."""
+        scratch = self._scratch_bytes(1 << 62)
+        everything = memory.make_plan(budget=1 << 62, scratch=scratch, **needs)
+        if options.slots is not None:
+            return everything.floor
+        if options.dram is None:
+            return memory.default_budget(everything.needs_all, self.runtime_bytes)
+        if isinstance(options.dram, int):
+            return options.dram
+        return memory.parse_size(options.dram, memory.machine_memory())
+
+    def _slot_bytes(self) -> int:
+        from flashsparse.flash import slot_stride
+        from flashsparse.pack.safetensors import ALIGN
+
+        return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self._files)
+
+    def _tile_bytes(self, budget: int) -> int:
+        layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
+        smallest = max(MIN_TILE_BYTES, 4 * self._slot_bytes())
+        return min(MAX_TILE_BYTES, layer, max(smallest, budget // 64))
+
+    def _hidden_floats(self) -> int:
+        return max(self.manifest.prefill_chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
+
+    def _scratch_bytes(self, budget: int) -> int:
+        """An upper bound of what one step allocates beside weights, KV cache and slots."""
+        m = self.manifest
+        width = max(m.hidden_size, m.heads * m.head_dim)
+        floats = self._hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
+        if m.tier == "exact":
+            floats += m.prefill_chunk * m.intermediate_size
+        return 4 * floats + 2 * (self._tile_bytes(budget) + 32768)
+
+    def _build(self) -> Decoder:
+        import importlib
+
+        import mlx.core as mx
+
+        from flashsparse.kvcache import KVCache
+        from flashsparse.weights import ResidentStore
+
+        assert self._pool is not None and self._kernels is not None
+        m = self.manifest
+        # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
+        mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
+        store = ResidentStore(m, self._pool, self._files[0])
+        family = importlib.import_module(f"flashsparse.models.{m.family}")
+        scratch = self._make_scratch()
+        self._ffns = [self._layer(i, store, family, scratch) for i in range(m.layers)]
+        self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
+        decoder: Decoder = family.build(m.config, store, self._kernels, self._ffns)
+        return decoder
+
+    def _make_scratch(self) -> Scratch:
+        from flashsparse.ffn import Scratch, Tiles
+        from flashsparse.weights import Buffer
+
+        m = self.manifest
+        nbytes = self._tile_bytes(self.plan.budget)
+        return Scratch(
+            scores=np.empty((m.prefill_chunk, m.intermediate_size), np.float32) if m.tier == "exact" else None,
+            hidden=np.empty(self._hidden_floats(), np.float32),
+            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
+            tiles=Tiles((Buffer(nbytes), Buffer(nbytes)), nbytes),
+        )
+
+    def _layer(self, index: int, store: Any, family: Any, scratch: Scratch) -> StreamedFFN:
+        from flashsparse.cache import SlotTable
+        from flashsparse.ffn import Flash, StreamedFFN
+        from flashsparse.weights import Buffer
+
+        assert self._pool is not None and self._kernels is not None
+        m, slots = self.manifest, self.plan.slots[index]
+        header = m.flash_header(index)
+        flash = Flash(
+            self._files[index + 1], header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride
+        )
+        ffn = StreamedFFN(self._kernels, self._pool, flash, scratch, self.counters)
+        ffn.down_bias = store.vector(family.DOWN.format(index) + ".bias")
+        if m.tier == "exact":
+            ffn.scoring = store.weight(family.SCORING.format(index))
+            ffn.scoring_bias = store.vector(family.SCORING.format(index) + ".bias")
+            ffn.table = SlotTable(m.intermediate_size, slots)
+            ffn.slot_bytes = self.plan.slot_bytes
+            ffn.slab = Buffer(slots * ffn.slot_bytes)
+        return ffn
+
+    def _end_tokens(self) -> set[int]:
+        """Tokens that end a reply: the tokenizer's, or the configuration's without one."""
+        if self.tokenizer is not None:
+            return set(self.tokenizer.eos_token_ids)
+        stated = self.manifest.config.get("eos_token_id")
+        return set(stated) if isinstance(stated, list) else set() if stated is None else {stated}

@@ -1,0 +1,72 @@
+"""Which implementation computes: `native` (C++ on the CPU) or `reference` (plain MLX operators).
+
+Owns the choice and the interface. All operands are float32 numpy arrays; weights stay in their stored type. Both
+implementations promise that a row's result does not depend on which other rows are computed with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from flashsparse.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from flashsparse.kvcache import KVCache
+    from flashsparse.pack.manifest import Manifest
+    from flashsparse.weights import Weight
+
+CHOICES = ("auto", "native", "reference")
+
+
+class Kernels(Protocol):
+    """T tokens, d hidden size, I neurons, n records."""
+
+    name: str
+
+    def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+        """out[T, rows] = x[T, cols] · weightᵀ + bias[rows]."""
+
+    def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
+        """out[n, cols] = the rows `ids` (int32) of weight."""
+
+    def attention(self, q: np.ndarray, cache: KVCache, window: int, scale: float, out: np.ndarray) -> None:
+        """Causal attention of q [T, H, hd], the cache's last T positions, into out [T, H, hd]; window 0 is none."""
+
+    def activate(self, scores: np.ndarray) -> None:
+        """Apply the pack's activation to the scores [T, I] in place."""
+
+    def active(self, activated: np.ndarray) -> np.ndarray:
+        """Ascending neuron numbers (int32) that are not zero for at least one token."""
+
+    def hidden(
+        self,
+        slab: np.ndarray,
+        offsets: np.ndarray,
+        ids: np.ndarray,
+        cols: np.ndarray,
+        x: np.ndarray,
+        activated: np.ndarray | None,
+        hidden: np.ndarray,
+    ) -> None:
+        """Intermediate values of the records at byte `offsets` of `slab` into columns `cols` of hidden [T, width]."""
+
+    def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
+        """y[T, d] += hidden · down, over the records in the order given; exact zeros are skipped."""
+
+    def close(self) -> None:
+        """Stop the compute threads."""
+
+
+def make_kernels(choice: str, manifest: Manifest, threads: int) -> Kernels:
+    """Build the kernels named by `choice` for a pack. Raises UsageError for an unknown name."""
+    if choice not in CHOICES:
+        raise UsageError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
+    if choice == "reference":
+        from flashsparse.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels(manifest)
+    from flashsparse.kernels.cpu import NativeKernels
+
+    return NativeKernels(manifest, threads)

@@ -1,0 +1,104 @@
+"""The native C++ kernels on the CPU, for one pack: translates weights and manifest into what the C interface takes.
+
+Owns the compute threads. Synchronous: when a call returns, its result is written and nothing reads its operands any more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashsparse import native
+
+if TYPE_CHECKING:
+    from flashsparse.kvcache import KVCache
+    from flashsparse.pack.manifest import Manifest
+    from flashsparse.weights import Weight
+
+
+class NativeKernels:
+    """Implements flashsparse.kernels.Kernels. Raises NativeLibraryError when the library is missing."""
+
+    name = "native"
+
+    def __init__(self, manifest: Manifest, threads: int) -> None:
+        self._workers = native.Workers(threads)
+        self._activation = native.ACTIVATIONS[manifest.activation.name]
+        self._param = manifest.activation.param or 0.0
+        self._record = _record(manifest)
+        self._matrices: dict[str, native.Matrix] = {}
+
+    def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+        native.linear(self._workers, self._matrix(weight), bias, x, out)
+
+    def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
+        native.gather(self._matrix(weight), ids, out)
+
+    def attention(self, q: np.ndarray, cache: KVCache, window: int, scale: float, out: np.ndarray) -> None:
+        position = cache.offset - q.shape[0]
+        native.attention(self._workers, q, cache.keys, cache.values, cache.dtype, position, window, scale, out)
+
+    def activate(self, scores: np.ndarray) -> None:
+        native.activate(scores, self._activation, self._param)
+
+    def active(self, activated: np.ndarray) -> np.ndarray:
+        return native.active(activated)
+
+    def hidden(
+        self,
+        slab: np.ndarray,
+        offsets: np.ndarray,
+        ids: np.ndarray,
+        cols: np.ndarray,
+        x: np.ndarray,
+        activated: np.ndarray | None,
+        hidden: np.ndarray,
+    ) -> None:
+        native.ffn_hidden(self._workers, self._record, slab, offsets, ids, cols, x, activated, hidden)
+
+    def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
+        native.ffn_down(self._workers, self._record, slab, offsets, cols, hidden, y)
+
+    def close(self) -> None:
+        self._workers.close()
+
+    def _matrix(self, weight: Weight) -> native.Matrix:
+        """The C view of a weight; kept, because building it costs more than a small product."""
+        found = self._matrices.get(weight.name)
+        if found is None:
+            found = self._matrices[weight.name] = _matrix(weight)
+        return found
+
+
+def _matrix(weight: Weight) -> native.Matrix:
+    if weight.quant is None:
+        dtype = native.DTYPES[weight.dtype]
+        return native.Matrix(weight.data.ctypes.data, weight.rows, weight.cols, dtype, keep=weight.data)
+    assert weight.scales is not None and weight.biases is not None
+    return native.Matrix(
+        weight.data.ctypes.data,
+        weight.rows,
+        weight.cols,
+        native.DTYPES[f"Q{weight.quant.bits}"],
+        weight.scales.ctypes.data,
+        weight.biases.ctypes.data,
+        native.DTYPES[weight.dtype],
+        weight.quant.group_size,
+        keep=(weight.data, weight.scales, weight.biases),
+    )
+
+
+def _record(manifest: Manifest) -> native.Record:
+    fields = {name: field.offset for name, field in manifest.record.fields.items()}
+    stored = native.DTYPES[manifest.source_dtype]
+    return native.Record(
+        **{name: fields.get(name, -1) for name in ("gate", "gate_bias", "up", "up_bias", "down")},
+        d=manifest.hidden_size,
+        dtype=native.DTYPES[f"Q{manifest.quant.bits}"] if manifest.quant else stored,
+        scale_dtype=stored,
+        group_size=manifest.quant.group_size if manifest.quant else 0,
+        activation=native.ACTIVATIONS[manifest.activation.name],
+        param=manifest.activation.param or 0.0,
+        gated=manifest.gated,
+    )

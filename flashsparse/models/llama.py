@@ -1,0 +1,44 @@
+"""Llama, Mistral, Qwen2 and the sparse Llamas: mlx-lm's Llama with its FFN, linear layers and attention replaced.
+
+Leaves out configuration mapping (`models/config.py`) and everything about records. Sliding windows are applied by the
+attention module, per layer, because mlx-lm's model refuses one in which every layer slides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_lm.models import llama
+
+from flashsparse.ffn import StreamedFFN
+from flashsparse.kernels import Kernels
+from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, linear, norm
+from flashsparse.weights import ResidentStore
+
+SCORING = "model.layers.{}.mlp.gate_proj"
+DOWN = "model.layers.{}.mlp.down_proj"
+
+
+def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: list[StreamedFFN]) -> Decoder:
+    """Assemble the model from a normalized configuration and a pack's resident tensors."""
+    args = llama.ModelArgs.from_dict({**config, "layer_types": None, "sliding_window": None})
+    model = llama.Model(args)
+    for index, layer in enumerate(model.layers):
+        base = f"model.layers.{index}"
+        window = config["sliding_window"] if config["layer_types"][index] == "sliding_attention" else 0
+        layer.self_attn = _attention(layer.self_attn, kernels, store, f"{base}.self_attn", window or 0)
+        layer.mlp = FFN(ffns[index])
+        norm(layer.input_layernorm, store, f"{base}.input_layernorm")
+        norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
+    norm(model.model.norm, store, "model.norm")
+    embedding = store.weight("model.embed_tokens")
+    model.model.embed_tokens = Embedding(kernels, embedding)
+    head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
+    return Decoder(model.model, Linear(kernels, head))
+
+
+def _attention(original: Any, kernels: Kernels, store: ResidentStore, base: str, window: int) -> Attention:
+    q, k, v, o = (linear(kernels, store, f"{base}.{part}_proj") for part in "qkvo")
+    return Attention(
+        kernels, q, k, v, o, original.n_heads, original.n_kv_heads, original.head_dim, original.rope, window
+    )

@@ -1,0 +1,133 @@
+"""The modules that take the place of a model's own: linear layers, embeddings, attention, FFN.
+
+Owns the bridge between MLX arrays, in which mlx-lm's model code speaks, and the kernels' float32 numpy arrays. They are
+plain callables: setting one on an MLX module removes the module (and its never-evaluated weights) it replaces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flashsparse.ffn import StreamedFFN
+from flashsparse.kernels import Kernels
+from flashsparse.kvcache import KVCache
+from flashsparse.weights import ResidentStore, Weight
+
+
+def as_numpy(x: mx.array) -> np.ndarray:
+    """The float32 values of x [1, T, n] as a contiguous numpy array [T, n]; evaluates x."""
+    flat = np.array(x.astype(mx.float32), copy=False)
+    return np.ascontiguousarray(flat.reshape(-1, flat.shape[-1]))
+
+
+@dataclass(eq=False)
+class Linear:
+    """x [1, T, cols] -> [1, T, rows]."""
+
+    kernels: Kernels
+    weight: Weight
+    bias: np.ndarray | None = None
+
+    def numpy(self, x: np.ndarray) -> np.ndarray:
+        out = np.empty((x.shape[0], self.weight.rows), np.float32)
+        self.kernels.linear(self.weight, self.bias, x, out)
+        return out
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.array(self.numpy(as_numpy(x)))[None]
+
+
+@dataclass(eq=False)
+class Embedding:
+    """ids [1, T] -> rows [1, T, cols] as float32."""
+
+    kernels: Kernels
+    weight: Weight
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        wanted = np.array(ids, copy=False).reshape(-1).astype(np.int32)
+        out = np.empty((len(wanted), self.weight.cols), np.float32)
+        self.kernels.gather(self.weight, wanted, out)
+        return mx.array(out)[None]
+
+
+@dataclass(eq=False)
+class Attention:
+    """Causal self-attention over a KVCache: mlx-lm's rotary embedding, our products; `window` 0 means no window.
+
+    Causality and the window are the kernel's, so the mask that mlx-lm's model passes is not needed.
+    """
+
+    kernels: Kernels
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Callable[..., mx.array] | None = None
+    window: int = 0
+
+    def __call__(self, x: mx.array, mask: Any = None, cache: KVCache | None = None) -> mx.array:
+        assert cache is not None
+        rows = as_numpy(x)
+        q = self._rotated(self.q.numpy(rows), self.heads, cache.offset)
+        k = self._rotated(self.k.numpy(rows), self.kv_heads, cache.offset)
+        v = self.v.numpy(rows).reshape(-1, self.kv_heads, self.head_dim)
+        cache.append(k, v)
+        out = np.empty_like(q)
+        self.kernels.attention(q, cache, self.window, self.head_dim**-0.5, out)
+        return mx.array(self.o.numpy(out.reshape(rows.shape[0], -1)))[None]
+
+    def _rotated(self, x: np.ndarray, heads: int, offset: int) -> np.ndarray:
+        """[T, heads * head_dim] -> [T, heads, head_dim], rotated by position."""
+        split = x.reshape(-1, heads, self.head_dim)
+        if self.rope is None:
+            return split
+        turned = self.rope(mx.array(split).transpose(1, 0, 2)[None], offset=offset)
+        return np.ascontiguousarray(np.array(turned[0].transpose(1, 0, 2), copy=False))
+
+
+@dataclass(eq=False)
+class FFN:
+    """The streamed FFN as a module."""
+
+    streamed: StreamedFFN
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.array(self.streamed(as_numpy(x)))[None]
+
+
+def linear(kernels: Kernels, store: ResidentStore, base: str) -> Linear:
+    """The linear layer stored under `<base>.weight` and, if present, `<base>.bias`."""
+    return Linear(kernels, store.weight(base), store.vector(f"{base}.bias"))
+
+
+def norm(module: Any, store: ResidentStore, base: str) -> None:
+    """Put the stored weight (and bias) of a norm into an MLX norm module, in float32."""
+    for part in ("weight", "bias"):
+        stored = store.vector(f"{base}.{part}")
+        if stored is not None:
+            module[part] = mx.array(stored)
+
+
+@dataclass(eq=False)
+class Decoder:
+    """A whole model as the engine sees it: token ids in, hidden states and logits out, all numpy."""
+
+    inner: Callable[..., mx.array]
+    lm_head: Linear
+
+    def forward(self, ids: np.ndarray, caches: list[KVCache]) -> np.ndarray:
+        """ids int32 [T] -> the last hidden states [T, d], after the final norm; advances the caches."""
+        return as_numpy(self.inner(mx.array(ids)[None], caches))
+
+    def logits(self, hidden: np.ndarray) -> np.ndarray:
+        """hidden [n, d] -> float32 logits [n, V]."""
+        return self.lm_head.numpy(np.ascontiguousarray(hidden))

@@ -1,0 +1,129 @@
+"""Resident weights: one buffer that holds `resident.safetensors`, and a typed view for each tensor.
+
+Owns where resident bytes live and how they are addressed. Reading goes through `flash`; computing with them is the
+kernels' business. The buffer is allocated by MLX so that Metal can compute on the same bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flashsparse.errors import PackError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+    from flashsparse.flash import FlashFile, ReadPool
+    from flashsparse.pack.manifest import Manifest, Quant
+
+ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
+READ_BYTES = 4 << 20
+NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
+
+
+class Buffer:
+    """`nbytes` of page-aligned memory allocated by MLX; `.bytes` is a writable numpy alias, `.array` the MLX one.
+
+    Never use in-place MLX operators on `.array`: MLX would move it to a new allocation and the alias would go stale.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        import mlx.core as mx
+
+        self._base = mx.zeros((nbytes + ALIGNMENT,), dtype=mx.uint8)
+        mx.eval(self._base)
+        whole = np.array(self._base, copy=False)
+        start = -whole.ctypes.data % ALIGNMENT
+        self.bytes: np.ndarray = whole[start : start + nbytes]
+        self.array: mx.array = self._base[start : start + nbytes]
+        self.nbytes = nbytes
+
+    @property
+    def address(self) -> int:
+        return self.bytes.ctypes.data
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A resident tensor: plain (`quant` None) or MLX affine (packed words, scales and biases).
+
+    `data` is a numpy alias of the stored bytes: [rows, cols] or [n]; bf16 appears as uint16. `scales` and `biases` are
+    [rows, cols / group_size] in `dtype`.
+    """
+
+    name: str
+    dtype: str
+    data: np.ndarray
+    scales: np.ndarray | None = None
+    biases: np.ndarray | None = None
+    quant: Quant | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def cols(self) -> int:
+        return self.data.shape[1] * 32 // self.quant.bits if self.quant else self.data.shape[1]
+
+    def float32(self) -> np.ndarray:
+        """A float32 copy of a plain tensor."""
+        if self.dtype == "BF16":
+            return (self.data.astype(np.uint32) << 16).view(np.float32)
+        return self.data.astype(np.float32)
+
+
+class ResidentStore:
+    """Every resident tensor of a pack, read into one buffer. Raises PackError for a missing tensor."""
+
+    def __init__(self, manifest: Manifest, pool: ReadPool, file: FlashFile) -> None:
+        from flashsparse.pack.safetensors import read_header
+
+        self._manifest = manifest
+        header = read_header(manifest.resident_path, error=PackError)
+        self._tensors = header.tensors
+        self._origin = header.data_offset
+        size = max((t.end for t in header.tensors.values()), default=self._origin) - self._origin
+        self.nbytes = size
+        self._buffer = Buffer(-(-size // ALIGNMENT) * ALIGNMENT)
+        if size:
+            self._read(pool, file, size)
+
+    def _read(self, pool: ReadPool, file: FlashFile, size: int) -> None:
+        starts = np.arange(0, size, READ_BYTES, dtype=np.int64)
+        needs = np.minimum(size - starts, READ_BYTES)
+        lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
+        with pool.submit(file, self._origin + starts, lengths, needs, self._buffer.address + starts) as batch:
+            batch.wait()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def tensor(self, name: str) -> np.ndarray:
+        """The numpy alias of the tensor stored under this exact name."""
+        info = self._tensors.get(name)
+        if info is None:
+            raise PackError(
+                f"{self._manifest.resident_path}: tensor {name!r} is missing; convert the checkpoint again with --force"
+            )
+        raw = self._buffer.bytes[info.begin - self._origin : info.end - self._origin]
+        return raw.view(NUMPY_TYPES[info.dtype]).reshape(info.shape)
+
+    def weight(self, base: str) -> Weight:
+        """The weight `<base>.weight`, with its scales and biases when the pack stores it quantized."""
+        name = f"{base}.weight"
+        quant = self._manifest.resident_quant.get(base)
+        data = self.tensor(name)
+        if quant is None:
+            return Weight(name, self._tensors[name].dtype, data)
+        scales, biases = self.tensor(f"{base}.scales"), self.tensor(f"{base}.biases")
+        return Weight(name, self._tensors[f"{base}.scales"].dtype, data, scales, biases, quant)
+
+    def vector(self, name: str) -> np.ndarray | None:
+        """A float32 copy of a small plain tensor (norm, bias), or None when the pack has none of that name."""
+        if name not in self:
+            return None
+        return Weight(name, self._tensors[name].dtype, self.tensor(name)).float32()
