@@ -1,0 +1,41 @@
+"""Figures as the commands print them: one line per generation, and the summary of the demo.
+
+Formats what Stats and MemoryPlan say; computes nothing that they do not state.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from flashsparse.memory import format_bytes
+
+
+def stats_line(stats: dict[str, Any]) -> str:
+    """Speed, reads and memory of one generation."""
+    used = stats["peak_memory_bytes"] - stats["runtime_bytes"]
+    parts = [
+        f"{stats['generation_tokens']} tokens, {stats['generation_tps']:.1f} tok/s",
+        f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tps']:.1f} tok/s",
+        f"first token {stats['time_to_first_token_s']:.2f} s",
+        f"{format_bytes(int(stats['flash_bytes_per_token']))} from flash per token ({stats['read_mode']} reads)",
+        f"hit rate {percent(stats['hit_rate'])}",
+        f"peak memory {format_bytes(used)} of {format_bytes(stats['budget_bytes'])}"
+        f" (+ {format_bytes(stats['runtime_bytes'])} runtime)",
+    ]
+    return " | ".join(parts)
+
+
+def percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def printable(text: str) -> str:
+    """`text` without lone surrogates, which no encoder accepts."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def write(text: str) -> None:
+    """Stream text to standard output at once."""
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
