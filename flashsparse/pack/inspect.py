@@ -1,0 +1,196 @@
+"""What a pack is, in numbers: shapes, tier, bytes per part, parameters in total and activated per token.
+
+Parameters are counted as TurboSparse counts them: a neuron is its gate row, up row and down column, and a token
+activates (share of active neurons) x (FFN parameters). That an exact pack scores every gate row is left out of it.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashsparse.errors import PackError
+from flashsparse.pack.layout import Quant, Record, flash_name
+from flashsparse.pack.manifest import CONFIG, FORMAT, MANIFEST, RESIDENT, VERSION, Manifest
+from flashsparse.pack.safetensors import ALIGN, Header, read_header
+
+DENSITIES = (0.05, 0.1, 0.2)
+SECTORS = (512, 4096)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameter counts of a model. `other` is norms and the down projection's bias, `ffn` is the neurons'."""
+
+    embeddings: int = 0
+    head: int = 0
+    attention: int = 0
+    ffn: int = 0
+    other: int = 0
+    predictors: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.embeddings + self.head + self.attention + self.ffn + self.other + self.predictors
+
+    def activated(self, density: float, embeddings: bool = True, predictors: bool = True) -> int:
+        """Parameters that one token uses when the share `density` (0..1) of the neurons is active."""
+        count = self.attention + self.other + round(density * self.ffn)
+        if embeddings:
+            count += self.embeddings + self.head
+        return count + self.predictors if predictors else count
+
+
+def part_of(name: str) -> str:
+    """The part a resident tensor belongs to: embeddings, head, attention, ffn (scoring), or other."""
+    base = name.rsplit(".", 1)[0]
+    last = base.rsplit(".", 1)[-1]
+    if last in ("embed_tokens", "embed_positions", "project_in"):
+        return "embeddings"
+    if last in ("lm_head", "project_out"):
+        return "head"
+    if ".self_attn." in name:
+        return "attention"
+    if last in ("gate_proj", "fc1"):
+        return "ffn"
+    return "other"
+
+
+def tensor_parameters(name: str, shape: tuple[int, ...], resident_quant: Mapping[str, Quant]) -> int:
+    """Parameters of a resident tensor: of a quantized matrix its weights, not its scales and biases."""
+    base, _, kind = name.rpartition(".")
+    quant = resident_quant.get(base)
+    if quant is None:
+        return math.prod(shape)
+    return math.prod(shape) * 32 // quant.bits if kind == "weight" else 0
+
+
+def count_parameters(
+    shapes: Mapping[str, tuple[int, ...]],
+    resident_quant: Mapping[str, Quant],
+    record: Record,
+    hidden_size: int,
+    intermediate_size: int,
+    layers: int,
+) -> Parameters:
+    """Counts a pack's parameters from its resident tensors' shapes and the fields of its records."""
+    counts = dict.fromkeys(("embeddings", "head", "attention", "ffn", "other"), 0)
+    for name, shape in shapes.items():
+        counts[part_of(name)] += tensor_parameters(name, shape, resident_quant)
+    neuron = sum(hidden_size if field.kind == "vector" else 1 for field in record.fields.values())
+    counts["ffn"] += neuron * intermediate_size * layers
+    return Parameters(**counts)
+
+
+def read_amplification(record: Record, sector: int) -> float:
+    """Mean bytes a direct read of one record moves, over the record's bytes, when reads are rounded out to sectors."""
+    period = sector // math.gcd(sector, record.stride)
+    moved = 0
+    for index in range(period):
+        begin = ALIGN + index * record.stride
+        moved += -(-(begin + record.bytes) // sector) * sector - begin // sector * sector
+    return moved / (period * record.bytes)
+
+
+def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """Everything `info` prints, as plain JSON values. Raises PackError for a pack this version cannot read."""
+    manifest = Manifest.load(pack_dir)
+    header = read_header(manifest.resident_path, PackError)
+    config = manifest.config
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "digest": manifest.digest,
+        "family": manifest.family,
+        "source_model_type": config.get("source_model_type", manifest.family),
+        "tier": manifest.tier,
+        "gate": manifest.gate,
+        "activation": asdict(manifest.activation),
+        "shapes": _shapes(manifest, config),
+        "source_dtype": manifest.source_dtype,
+        "quant": None if manifest.quant is None else asdict(manifest.quant),
+        "resident_quant": {name: asdict(quant) for name, quant in sorted(manifest.resident_quant.items())},
+        "record": _record(manifest.record),
+        "prefill_chunk": manifest.prefill_chunk,
+        "bytes": _bytes(manifest, header),
+        **_parameters(manifest, header),
+    }
+
+
+def _shapes(manifest: Manifest, config: dict[str, Any]) -> dict[str, Any]:
+    names = ("layers", "hidden_size", "intermediate_size", "vocab_size", "heads", "kv_heads", "head_dim")
+    shapes = {name: getattr(manifest, name) for name in names}
+    for name in ("max_position_embeddings", "sliding_window", "tie_word_embeddings"):
+        shapes[name] = config.get(name)
+    return shapes
+
+
+def _record(record: Record) -> dict[str, Any]:
+    return {
+        "bytes": record.bytes,
+        "stride": record.stride,
+        "padding_bytes": record.stride - record.bytes,
+        "stride_amplification": record.stride / record.bytes,
+        "direct_read_amplification": {str(sector): read_amplification(record, sector) for sector in SECTORS},
+        "fields": [asdict(field) for field in record.fields.values()],
+    }
+
+
+def _bytes(manifest: Manifest, header: Header) -> dict[str, int]:
+    parts = dict.fromkeys(("embeddings", "head", "attention", "ffn", "other"), 0)
+    for name, info in header.tensors.items():
+        parts[part_of(name)] += info.nbytes
+    flash = sum(manifest.files[flash_name(layer)].bytes for layer in range(manifest.layers))
+    resident = manifest.files[RESIDENT].bytes
+    rest = sum(entry.bytes for entry in manifest.files.values()) - flash - resident
+    text = (manifest.path / MANIFEST).stat().st_size
+    return {
+        "flash": flash,
+        "flash_per_layer": flash // manifest.layers,
+        "resident": resident,
+        **{f"resident_{part}": count for part, count in parts.items()},
+        "config": manifest.files[CONFIG].bytes,
+        "tokenizer": rest - manifest.files[CONFIG].bytes,
+        "manifest": text,
+        "total": flash + resident + rest + text,
+    }
+
+
+def _parameters(manifest: Manifest, header: Header) -> dict[str, Any]:
+    shapes = {name: info.shape for name, info in header.tensors.items()}
+    counts = count_parameters(
+        shapes,
+        manifest.resident_quant,
+        manifest.record,
+        manifest.hidden_size,
+        manifest.intermediate_size,
+        manifest.layers,
+    )
+    without = counts.total - counts.embeddings - counts.head
+    return {
+        "parameters": asdict(counts) | {"total": counts.total, "total_without_embeddings": without},
+        "activated_per_token": _activated(manifest, counts),
+    }
+
+
+def _activated(manifest: Manifest, counts: Parameters) -> dict[str, Any]:
+    """Per-token counts. Which share of the neurons is active is known only for a dense pack, where it is all."""
+    dense = manifest.tier == "dense"
+    densities = (1.0,) if dense else DENSITIES
+    return {
+        "active_density": 1.0 if dense else None,
+        "per_percent_of_neurons": round(counts.ffn / 100),
+        "at_density": [
+            {
+                "density": density,
+                "all": counts.activated(density),
+                "without_embeddings": counts.activated(density, embeddings=False),
+                "without_predictors": counts.activated(density, predictors=False),
+                "without_both": counts.activated(density, embeddings=False, predictors=False),
+            }
+            for density in densities
+        ],
+    }
