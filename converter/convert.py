@@ -1,0 +1,260 @@
+"""`convert`: from a checkpoint to a published pack. Owns the order of things; every step has its own file.
+
+Peak memory is a few blocks of rows plus one block of down-projection columns, whatever the size of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converter.bundles import write_records
+from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
+from converter.hub import find_source
+from converter.journal import Journal
+from converter.plan import Options, Plan, make_plan
+from converter.publish import Staging, check_replaceable, check_space
+from converter.resident import write_resident
+from converter.source import Checkpoint, open_checkpoint
+from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
+from flashsparse.pack.layout import FileDigest, FileEntry, flash_digest, flash_name, resident_digest
+from flashsparse.pack.manifest import CONFIG, MANIFEST, RESIDENT, Manifest, read_manifest
+
+Progress = Callable[[str, int, int], None]  # (file being written, bytes done, bytes of the whole pack)
+
+MANIFEST_BYTES = 16 << 20  # more than any manifest needs, for the check of the disk's space
+
+
+def convert(
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    *,
+    bits: int = 16,
+    group_size: int = 64,
+    tier: str = "auto",
+    gate: str = "full",
+    activation: str | None = None,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Converts a checkpoint directory or repository id `src` to the pack `dst` and returns its path.
+
+    `activation` (NAME[:PARAM]) overrides the configuration's. `resume` continues a conversion that was stopped, starts
+    one when there is none, and succeeds at once when the pack is complete; `force` replaces a pack at `dst`.
+    Raises UsageError, SourceUnavailableError, CheckpointError, UnsupportedModelError or ConvertError.
+    """
+    options = Options(bits, group_size, tier, gate, activation)
+    target = _destination(dst)
+    if os.path.lexists(target) and not (resume or force):
+        raise _exists(target)
+    with open_checkpoint(find_source(src)) as checkpoint:
+        plan = make_plan(checkpoint, options)
+        source = checkpoint.fingerprint()
+        try:
+            with Staging(target) as staging:
+                journal = _begin(staging, plan, source, resume, force)
+                if journal is not None:
+                    _Run(checkpoint, plan, staging, journal, progress or _silent).finish(source)
+                staging.remove()
+        except OSError as problem:
+            raise _write_error(target, problem) from problem
+    return target
+
+
+def staging_directory(dst: str | os.PathLike[str]) -> Path:
+    """Where a conversion to `dst` keeps its work until it is complete."""
+    return Staging(_destination(dst)).path
+
+
+def _destination(dst: str | os.PathLike[str]) -> Path:
+    path = Path(os.path.abspath(Path(dst).expanduser()))
+    if path.is_symlink():
+        path = path.resolve()
+    if not path.name:
+        raise UsageError(f"{dst}: not a name for a pack")
+    return path
+
+
+def _silent(file: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def _exists(dst: Path) -> ConvertError:
+    return ConvertError(f"{dst}: already exists; use --force to replace it, or --resume to make sure it is complete")
+
+
+def _write_error(dst: Path, problem: OSError) -> ConvertError:
+    what = "disk full" if problem.errno in FULL_ERRNOS else "cannot write"
+    return ConvertError(
+        f"{problem.filename or dst}: {what} ({problem.strerror}); "
+        f"the work so far is kept in {staging_directory(dst)}, run again with --resume to continue"
+    )
+
+
+def _begin(staging: Staging, plan: Plan, source: dict[str, str], resume: bool, force: bool) -> Journal | None:
+    """The journal to work on, new or continued; None when the pack is already complete."""
+    journal = Journal.load(staging.journal) if resume else None
+    if journal is not None and journal.digest is not None and _digest(staging.dst) == journal.digest:
+        journal = None  # published, but stopped before the staging directory was removed
+        staging.clear()
+    header = {"options": plan.choices(), "source": source}
+    if journal is not None and staging.pack.is_dir():
+        _check_same(staging, journal, header)
+        _check_destination(staging.dst, force or bool(journal.header.get("replace")))
+        return journal
+    if staging.used and not (resume or force):
+        raise ConvertError(
+            f"{staging.path}: an unfinished conversion is here; use --resume to continue it or --force to start over"
+        )
+    if resume and os.path.lexists(staging.dst):
+        differences = _differences(plan, staging.dst)
+        if not differences:
+            return None
+        if not force:
+            raise ConvertError(f"{staging.dst}: not what would be converted: {differences}; use --force to replace it")
+    _check_destination(staging.dst, force)
+    check_space(staging.path, sum(plan.sizes.values()) + MANIFEST_BYTES)
+    staging.start()
+    return Journal.create(staging.journal, header | {"replace": force})
+
+
+def _check_destination(dst: Path, replace: bool) -> None:
+    if os.path.lexists(dst):
+        if not replace:
+            raise _exists(dst)
+        check_replaceable(dst)
+
+
+def _check_same(staging: Staging, journal: Journal, header: dict[str, Any]) -> None:
+    """A conversion continues only with the options and the source that it started with."""
+    for part, what in (("options", "option"), ("source", "source file")):
+        old, new = journal.header.get(part, {}), header[part]
+        for name in sorted(set(old) | set(new)):
+            if old.get(name) != new.get(name):
+                raise ConvertError(
+                    f"{staging.path}: cannot resume: {what} {name}: found {new.get(name)!r}, "
+                    f"expected {old.get(name)!r} as when it started; use --force without --resume to start over"
+                )
+
+
+def _digest(directory: Path) -> str | None:
+    try:
+        return read_manifest(directory).digest
+    except PackError:
+        return None
+
+
+def _differences(plan: Plan, dst: Path) -> str:
+    """What in the pack at `dst` differs from the plan, "" when nothing does. Weights are compared by size only."""
+    try:
+        found = Manifest.load(dst)
+    except PackError as problem:
+        return str(problem)
+    expected = vars(plan.manifest(dst, found.files))
+    wrong = [f"{name} is {getattr(found, name)!r}" for name in expected if getattr(found, name) != expected[name]]
+    if wrong:
+        return wrong[0]
+    if {name: entry.bytes for name, entry in found.files.items()} != plan.sizes:
+        return "its files have other names or sizes"
+    for name, data in _small_files(plan).items():
+        if found.files[name].sha256 != _entry(data()).sha256:
+            return f"{name} has other contents"
+    return ""
+
+
+def _small_files(plan: Plan) -> dict[str, Callable[[], bytes]]:
+    """Name -> contents of the configuration and the tokenizer files."""
+    return {CONFIG: lambda: plan.config_text} | {path.name: path.read_bytes for path in plan.copies}
+
+
+def _entry(data: bytes) -> FileEntry:
+    digest = FileDigest()
+    digest.update(data)
+    return digest.entry()
+
+
+@dataclass
+class _Run:
+    """One run of a conversion, new or resumed."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    staging: Staging
+    journal: Journal
+    progress: Progress
+    _name: str = ""  # the file being written
+    _done: int = 0
+    _total: int = 0
+
+    def finish(self, source: dict[str, str]) -> None:
+        """Writes what is missing and publishes. `source` is the fingerprint that was checked at the start."""
+        if self.journal.digest is None or _digest(self.staging.pack) != self.journal.digest:
+            self._write_files()
+            self._check_unchanged(source)
+            self._write_manifest()
+        self.staging.publish()
+
+    def _write_files(self) -> None:
+        sizes = self.plan.sizes
+        finished = {name for name in sizes if name in self.journal.files and self._has(name, sizes[name])}
+        self._done, self._total = sum(sizes[name] for name in finished), sum(sizes.values())
+        missing = [name for name in sizes if name not in finished]
+        present = sum(path.stat().st_size for name in missing if (path := self.staging.pack / name).exists())
+        check_space(self.staging.path, self._total - self._done - present + MANIFEST_BYTES)
+        for name in missing:
+            entry = self._write(name)
+            if entry.bytes != sizes[name]:
+                raise CheckpointError(f"{name}: found {entry.bytes} bytes, expected {sizes[name]}: the source changed")
+            sync_directory(self.staging.pack)
+            self.journal.add_file(name, entry)
+            self.progress(name, self._done, self._total)
+
+    def _has(self, name: str, size: int) -> bool:
+        path = self.staging.pack / name
+        return path.is_file() and path.stat().st_size == size
+
+    def _write(self, name: str) -> FileEntry:
+        self._name = name
+        self.progress(name, self._done, self._total)
+        with OutputFile(self.staging.pack / name, self._new_digest(name)) as file:
+            if name == RESIDENT:
+                write_resident(self.checkpoint, self.plan, file, self._advance)
+            elif small := _small_files(self.plan).get(name):
+                file.write(small())
+                self._advance(file.digest.bytes)
+            else:
+                write_records(self.checkpoint, self.plan, self._layer(name), file, self._advance)
+            return file.finish()
+
+    def _layer(self, name: str) -> int:
+        return next(layer for layer in range(self.plan.model.layers) if flash_name(layer) == name)
+
+    def _new_digest(self, name: str) -> FileDigest:
+        if name == RESIDENT:
+            return resident_digest()
+        return FileDigest() if name in _small_files(self.plan) else flash_digest(self.plan.record.stride)
+
+    def _advance(self, count: int) -> None:
+        self._done += count
+        self.progress(self._name, self._done, self._total)
+
+    def _check_unchanged(self, source: dict[str, str]) -> None:
+        now = self.checkpoint.fingerprint()
+        changed = sorted(name for name in set(now) | set(source) if now.get(name) != source.get(name))
+        if changed:
+            raise CheckpointError(
+                f"{self.checkpoint.directory / changed[0]}: changed while it was converted; "
+                "run again with --force when the source is at rest"
+            )
+
+    def _write_manifest(self) -> None:
+        manifest = self.plan.manifest(self.staging.pack, {name: self.journal.files[name] for name in self.plan.sizes})
+        with OutputFile(self.staging.pack / MANIFEST, FileDigest()) as file:
+            file.write(manifest.to_json().encode())
+            file.finish()
+        sync_directory(self.staging.pack)
+        self.journal.add_digest(manifest.digest)

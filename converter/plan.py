@@ -1,0 +1,234 @@
+"""What a conversion will write: which tensors go where, in which type, and the exact size of every file.
+
+Pure arithmetic on headers and the configuration: no weights are read, nothing is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from converter.source import Checkpoint, SourceTensor
+from converter.tensors import HEAD, canonical, check_tensors, embedding_name, expected_shapes, ffn_names
+from flashsparse.errors import CheckpointError, UnsupportedModelError, UsageError
+from flashsparse.models.config import NormalizedModel, normalize_config
+from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
+from flashsparse.pack.manifest import CONFIG, RESIDENT, FileEntry, Manifest, canonical_json
+from flashsparse.pack.safetensors import ALIGN, header_bytes, shape_bytes, storage_order
+
+BITS = (4, 8, 16)
+GROUP_SIZES = (32, 64, 128)
+TIERS = ("auto", "exact", "dense")
+GATES = ("full",)
+EMBEDDING_BITS = 8  # embeddings and head lose more than other matrices below 8 bits
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user chose. `tier` may be auto; `activation` overrides the configuration's."""
+
+    bits: int = 16
+    group_size: int = 64
+    tier: str = "auto"
+    gate: str = "full"
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                expected = ", ".join(map(str, allowed))
+                raise UsageError(f"{name}: found {getattr(self, name)!r}, expected one of {expected}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion with every choice made. `sources` are the checkpoint's tensors by canonical name."""
+
+    model: NormalizedModel
+    tier: str
+    quant: Quant | None
+    source_dtype: str
+    sources: Mapping[str, SourceTensor]
+    shapes: Mapping[str, tuple[int, ...]]
+    copies: tuple[Path, ...]
+
+    @property
+    def records(self) -> int:
+        """Records per layer: one for each neuron."""
+        return self.model.intermediate_size
+
+    @property
+    def config_text(self) -> bytes:
+        return canonical_json(self.model.config).encode()
+
+    @cached_property
+    def record(self) -> Record:
+        names, model = ffn_names(self.model.family, 0), self.model
+        biases = f"{names.gate}.bias" in self.shapes, f"{names.up}.bias" in self.shapes
+        return record_layout(model.gated, self.tier, model.hidden_size, self.source_dtype, self.quant, *biases)
+
+    def record_sources(self, layer: int) -> dict[str, SourceTensor]:
+        """Field of a record -> the tensor it comes from, in the record's order."""
+        names = ffn_names(self.model.family, layer)
+        tensors = {"gate": f"{names.gate}.weight", "gate_bias": f"{names.gate}.bias"} if names.gate else {}
+        tensors |= {"up": f"{names.up}.weight", "up_bias": f"{names.up}.bias", "down": f"{names.down}.weight"}
+        return {field: self.sources[tensors[field]] for field in self.record.fields}
+
+    @cached_property
+    def resident_quant(self) -> dict[str, Quant]:
+        """Base name -> quantization of every resident matrix that is quantized."""
+        if self.quant is None:
+            return {}
+        embeddings = {embedding_name(self.model.family), HEAD}
+        result = {}
+        for name in self.resident_sources:
+            if len(self.shapes[name]) == 2 and not name.endswith("embed_positions.weight"):
+                bits = max(self.quant.bits, EMBEDDING_BITS) if name in embeddings else self.quant.bits
+                result[name.removesuffix(".weight")] = Quant(bits, self.quant.group_size)
+        return result
+
+    @cached_property
+    def resident_sources(self) -> dict[str, SourceTensor]:
+        """The tensors that stay in memory: all that are not part of a record."""
+        in_records = {
+            tensor.info.name for layer in range(self.model.layers) for tensor in self.record_sources(layer).values()
+        }
+        return {name: self.sources[name] for name in self.shapes if self.sources[name].info.name not in in_records}
+
+    @cached_property
+    def resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Name -> (type, shape) of the resident file's tensors in the order of the file."""
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        for name, source in self.resident_sources.items():
+            base = name.removesuffix(".weight")
+            quant = self.resident_quant.get(base)
+            if quant is None or not name.endswith(".weight"):
+                tensors[name] = (source.dtype, source.shape)
+                continue
+            rows, cols = source.shape
+            tensors[name] = ("U32", (rows, cols * quant.bits // 32))
+            tensors[f"{base}.scales"] = tensors[f"{base}.biases"] = (source.dtype, (rows, cols // quant.group_size))
+        return {name: tensors[name] for name in storage_order(tensors)}
+
+    @cached_property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file but the manifest, in the order in which they are written."""
+        sizes = {CONFIG: len(self.config_text)} | {path.name: path.stat().st_size for path in self.copies}
+        sizes |= {flash_name(n): ALIGN + self.records * self.record.stride for n in range(self.model.layers)}
+        resident = sum(shape_bytes(*tensor) for tensor in self.resident_tensors.values())
+        return sizes | {RESIDENT: len(header_bytes(self.resident_tensors)) + resident}
+
+    def manifest(self, path: Path, files: Mapping[str, FileEntry]) -> Manifest:
+        model = self.model
+        return Manifest(
+            path=path,
+            family=model.family,
+            tier=self.tier,
+            gate="full" if self.tier == "exact" else "none",
+            gated=model.gated,
+            activation=model.activation,
+            layers=model.layers,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            heads=model.heads,
+            kv_heads=model.kv_heads,
+            head_dim=model.head_dim,
+            source_dtype=self.source_dtype,
+            quant=self.quant,
+            resident_quant=self.resident_quant,
+            record=self.record,
+            prefill_chunk=default_prefill_chunk(model.hidden_size),
+            files=dict(files),
+        )
+
+    def choices(self) -> dict[str, Any]:
+        """The options as the journal keeps them: resolved, so that `auto` and what it chose are the same."""
+        return {
+            "bits": self.quant.bits if self.quant else 16,
+            "group-size": self.quant.group_size if self.quant else None,
+            "tier": self.tier,
+            "activation": vars(self.model.activation),
+        }
+
+
+def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
+    """Checks a checkpoint against its configuration and decides everything.
+
+    Raises UnsupportedModelError, CheckpointError or UsageError for what cannot be converted.
+    """
+    model = normalize_config(checkpoint.config, options.activation)
+    config = model.config
+    sources = canonical(model.family, checkpoint.tensors)
+    shapes = expected_shapes(model.family, config, model.source_model_type != "qwen2")
+    tied = bool(config["tie_word_embeddings"])
+    dtype = check_tensors(sources, shapes, tied, str(checkpoint.directory))
+    if tied and HEAD in sources:
+        _check_tied(checkpoint, sources[embedding_name(model.family)], sources[HEAD])
+    quant = None if options.bits == 16 else Quant(options.bits, options.group_size)
+    plan = Plan(
+        model=model,
+        tier=_tier(options.tier, model),
+        quant=quant,
+        source_dtype=dtype,
+        sources=sources,
+        shapes=shapes,
+        copies=tuple(checkpoint.copies()),
+    )
+    _check_record_types(plan)
+    _check_groups(plan)
+    return plan
+
+
+def _tier(asked: str, model: NormalizedModel) -> str:
+    sparse = model.activation.name != "silu"
+    if asked == "exact" and not sparse:
+        raise UnsupportedModelError(
+            "tier exact needs an activation with exact zeros (relu, relu2, fatrelu, drelu), but this model's is silu: "
+            "every neuron is active; use --tier dense, or --activation if the configuration is wrong about it"
+        )
+    return asked if asked != "auto" else "exact" if sparse else "dense"
+
+
+def _check_tied(checkpoint: Checkpoint, embedding: SourceTensor, head: SourceTensor) -> None:
+    """A tied checkpoint may carry the head a second time, but then with the same bytes."""
+    same = (embedding.dtype, embedding.shape) == (head.dtype, head.shape)
+    rows = head.shape[0] if same else 0
+    step = max(1, rows * (8 << 20) // max(1, head.info.nbytes))
+    for begin in range(0, rows, step):
+        parts = [checkpoint.rows(tensor, begin, min(rows, begin + step)).tobytes() for tensor in (embedding, head)]
+        same = same and parts[0] == parts[1]
+    if not same:
+        raise CheckpointError(
+            f"{head.path}: tensor {head.info.name!r}: differs from the embedding, "
+            "but config.json says tie_word_embeddings true; correct the configuration or remove the tensor"
+        )
+
+
+def _check_record_types(plan: Plan) -> None:
+    for layer in range(plan.model.layers):
+        for tensor in plan.record_sources(layer).values():
+            if tensor.dtype != plan.source_dtype:
+                raise CheckpointError(
+                    f"{tensor.path}: tensor {tensor.info.name!r}: found type {tensor.dtype}, "
+                    f"expected {plan.source_dtype} as the weights have"
+                )
+
+
+def _check_groups(plan: Plan) -> None:
+    """Every quantized row must be made of whole groups."""
+    if plan.quant is None:
+        return
+    columns = {"hidden_size": plan.model.hidden_size}
+    columns |= {f"{base}.weight": plan.shapes[f"{base}.weight"][1] for base in plan.resident_quant}
+    for name, size in columns.items():
+        if size % plan.quant.group_size:
+            fitting = [str(g) for g in GROUP_SIZES if all(n % g == 0 for n in columns.values())]
+            hint = f"--group-size {' or '.join(fitting)}" if fitting else "--bits 16"
+            raise UsageError(
+                f"group size {plan.quant.group_size} does not divide {name} (rows of {size} values); use {hint}"
+            )

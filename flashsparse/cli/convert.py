@@ -1,0 +1,172 @@
+"""`flashsparse convert`: options, progress and the summary at the end. The work is `converter.convert`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from converter.convert import Progress
+    from flashsparse.pack.manifest import Manifest
+
+SECTORS = (512, 4096)
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+@click.command()
+@click.argument("src")
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--bits",
+    type=click.Choice(["4", "8", "16"]),
+    default="16",
+    show_default=True,
+    help="Bits per weight; 16 keeps the source's type, float32 included.",
+)
+@click.option(
+    "--group-size",
+    type=click.Choice(["32", "64", "128"]),
+    default="64",
+    show_default=True,
+    help="Weights per scale, at 4 and 8 bits.",
+)
+@click.option(
+    "--tier",
+    type=click.Choice(["auto", "exact", "dense"]),
+    default="auto",
+    show_default=True,
+    help="How layers decide what to read; auto: exact for relu activations, dense for silu.",
+)
+@click.option(
+    "--gate",
+    type=click.Choice(["full"]),
+    default="full",
+    show_default=True,
+    help="How the scoring matrix of tier exact is kept in memory.",
+)
+@click.option(
+    "--activation",
+    metavar="NAME[:PARAM]",
+    default=None,
+    help="silu, relu, relu2, fatrelu:THRESHOLD or drelu, in place of the configuration's.  [default: config.json's]",
+)
+@click.option("--resume", is_flag=True, help="Continue a conversion that was stopped, if any.  [default: off]")
+@click.option("--force", is_flag=True, help="Replace a pack that is there, at the end.  [default: off]")
+def convert(
+    src: str,
+    dst: Path,
+    bits: str,
+    group_size: str,
+    tier: str,
+    gate: str,
+    activation: str | None,
+    resume: bool,
+    force: bool,
+) -> None:
+    """Convert a checkpoint to a pack.
+
+    SRC is a checkpoint directory or a Hugging Face repository id (OWNER/NAME), DST the pack to make.
+    """
+    from converter import convert as run
+    from flashsparse.pack.manifest import Manifest
+
+    try:
+        with _progress() as progress:
+            pack = run(
+                src,
+                dst,
+                bits=int(bits),
+                group_size=int(group_size),
+                tier=tier,
+                gate=gate,
+                activation=activation,
+                resume=resume,
+                force=force,
+                progress=progress,
+            )
+    except KeyboardInterrupt:
+        _interrupted(dst)
+    for line in summary(Manifest.load(pack)):
+        click.echo(line)
+
+
+def _interrupted(dst: Path) -> None:
+    from converter.convert import staging_directory
+
+    staging = staging_directory(dst)
+    kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if staging.exists() else ""
+    click.echo(f"Interrupted{kept}.", err=True)
+    sys.exit(INTERRUPTED)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on a terminal, one line per file otherwise; both on standard error."""
+    if not sys.stderr.isatty():
+        yield _Lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bar
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Bar(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading the checkpoint", total=None)
+
+        def show(file: str, done: int, total: int) -> None:
+            bar.update(task, description=file, completed=done, total=total)
+
+        yield show
+
+
+class _Lines:
+    """Progress as plain lines: one when a file begins."""
+
+    def __init__(self) -> None:
+        self.file = ""
+
+    def __call__(self, file: str, done: int, total: int) -> None:
+        if file != self.file:
+            self.file = file
+            click.echo(f"{done / total:4.0%} of {total / 1e9:.3f} GB  {file}", err=True)
+
+
+def summary(manifest: Manifest) -> list[str]:
+    """What was made, as lines: tier, size, activation and its origin, and what direct reads of records cost."""
+    quant, activation, record = manifest.quant, manifest.activation, manifest.record
+    size = sum(entry.bytes for entry in manifest.files.values())
+    codec = (
+        f"{quant.bits} bits, groups of {quant.group_size}" if quant else f"{manifest.source_dtype}, as in the source"
+    )
+    origin = "config.json" if activation.source == "config" else "--activation"
+    param = "" if activation.param is None else f":{activation.param:g}"
+    resident = manifest.files[manifest.resident_path.name].bytes
+    return [
+        f"{manifest.path}",
+        f"tier        {manifest.tier}" + (f", gate {manifest.gate}" if manifest.tier == "exact" else ""),
+        f"activation  {activation.name}{param} (from {origin})",
+        f"weights     {codec}",
+        f"size        {size / 1e9:.3f} GB, of which resident {resident / 1e9:.3f} GB",
+        f"record      {record.bytes} bytes, stride {record.stride}",
+        *(_direct_reads(manifest, sector) for sector in SECTORS),
+    ]
+
+
+def _direct_reads(manifest: Manifest, sector: int) -> str:
+    """What a direct read of a record costs as stored, and with records padded to whole sectors."""
+    from flashsparse.pack.inspect import read_amplification
+
+    record = manifest.record
+    padded = -(-record.stride // sector) * sector
+    stored, aligned = (read_amplification(replace(record, stride=stride), sector) for stride in (record.stride, padded))
+    more = padded / record.stride - 1
+    return (
+        f"direct read {stored:.2f} times a record at {sector}-byte sectors "
+        f"({aligned:.2f} with a stride of {padded}, {more:.1%} more disk)"
+    )
