@@ -1,7 +1,6 @@
-"""`python -m flashsparse`: the command line without its console script."""
-
-from __future__ import annotations
+"""`python -m flashsparse` is the `flashsparse` command."""
 
 from flashsparse.cli import main
 
-main()
+if __name__ == "__main__":
+    main()

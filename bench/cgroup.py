@@ -1,0 +1,65 @@
+"""Run a command under a real memory limit: a Linux control group (version 1 or 2) that exists for this one run.
+
+Needs the right to make control groups (usually root). Page cache that the command fills counts against the limit too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+V1 = Path("/sys/fs/cgroup/memory")
+V2 = Path("/sys/fs/cgroup")
+
+
+class NoControlGroup(RuntimeError):
+    """This machine or user cannot set a memory limit with a control group."""
+
+
+@dataclass(frozen=True)
+class Limited:
+    """What a limited run gave: exit code (137: killed for memory), standard output, peak bytes of the group."""
+
+    returncode: int
+    stdout: str
+    peak_bytes: int
+
+
+def run_limited(command: Sequence[str], limit_bytes: int, echo: bool = True) -> Limited:
+    """Run `command` with `limit_bytes` of memory. Raises NoControlGroup when no limit can be set."""
+    v1 = V1.is_dir()
+    group = (V1 if v1 else V2) / f"flashsparse-{uuid.uuid4().hex[:8]}"
+    limit, peak = ("memory.limit_in_bytes", "memory.max_usage_in_bytes") if v1 else ("memory.max", "memory.peak")
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(limit_bytes))
+    except OSError as error:
+        if group.is_dir():
+            group.rmdir()
+        raise NoControlGroup(f"{group}: {error}; run as root on Linux with the memory controller mounted") from error
+    try:
+        out = _run(command, group / "cgroup.procs", echo)
+        used = int((group / peak).read_text()) if (group / peak).exists() else 0
+        return Limited(out[0], out[1], used)
+    finally:
+        group.rmdir()
+
+
+def _run(command: Sequence[str], procs: Path, echo: bool) -> tuple[int, str]:
+    def enter() -> None:
+        procs.write_text(str(os.getpid()))
+
+    lines = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter) as child:
+        assert child.stdout is not None
+        for line in child.stdout:
+            lines.append(line)
+            if echo:
+                sys.stdout.write(line)
+                sys.stdout.flush()
+    return child.returncode, "".join(lines)
