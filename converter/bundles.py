@@ -35,7 +35,7 @@ def write_records(
         for first in range(0, columns.shape[1], step):
             part = columns[:, first : first + step]
             block = _records(checkpoint, plan, sources, begin + first, part)
-            file.write(memoryview(block).cast("B"))
+            file.write(block.data)
             advance(block.nbytes)
 
 

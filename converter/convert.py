@@ -155,9 +155,9 @@ def _differences(plan: Plan, dst: Path) -> str:
     except PackError as problem:
         return str(problem)
     expected = vars(plan.manifest(dst, found.files))
-    wrong = [f"{name} is {getattr(found, name)!r}" for name in expected if getattr(found, name) != expected[name]]
-    if wrong:
-        return wrong[0]
+    for name, value in expected.items():
+        if getattr(found, name) != value:
+            return f"{name}: found {getattr(found, name)!r}, expected {value!r}"
     if {name: entry.bytes for name, entry in found.files.items()} != plan.sizes:
         return "its files have other names or sizes"
     for name, data in _small_files(plan).items():

@@ -46,8 +46,8 @@ def _copy(
 ) -> None:
     for begin in range(0, source.info.nbytes, BLOCK_BYTES):
         block = np.empty(min(BLOCK_BYTES, source.info.nbytes - begin), np.uint8)
-        checkpoint.read_bytes(source, begin, memoryview(block))
-        file.write_at(offset + begin, memoryview(block))
+        checkpoint.read_bytes(source, begin, block.data)
+        file.write_at(offset + begin, block.data)
         advance(block.nbytes)
 
 
@@ -69,5 +69,5 @@ def _quantize(
         except ValueError as problem:
             raise CheckpointError(f"{source.path}: tensor {source.info.name!r}: {problem}; use --bits 16") from problem
         for place, part in zip(places, parts, strict=True):
-            file.write_at(place + begin * part.nbytes // len(part), memoryview(part).cast("B"))
+            file.write_at(place + begin * part.nbytes // len(part), part.data)
             advance(part.nbytes)

@@ -109,7 +109,7 @@ class Checkpoint:
         """Rows [begin, end) of a tensor, all other axes whole; BF16 as uint16."""
         out = np.empty((end - begin, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
         row_bytes = tensor.info.nbytes // tensor.shape[0]
-        self.read_bytes(tensor, begin * row_bytes, memoryview(out.reshape(-1).view(np.uint8)))
+        self.read_bytes(tensor, begin * row_bytes, out.reshape(-1).view(np.uint8).data)
         return out
 
     def columns(self, tensor: SourceTensor, begin: int, end: int) -> np.ndarray:
@@ -120,7 +120,7 @@ class Checkpoint:
         out = np.empty((rows, end - begin), numpy_dtype(tensor.dtype))
         item = out.dtype.itemsize
         for row in range(rows):
-            self.read_bytes(tensor, (row * cols + begin) * item, memoryview(out[row].view(np.uint8)))
+            self.read_bytes(tensor, (row * cols + begin) * item, out[row].view(np.uint8).data)
         return out
 
     def fingerprint(self) -> dict[str, str]:
@@ -219,7 +219,7 @@ def _shard_names(directory: Path, weight_map: dict[str, str] | None) -> list[str
     if pickles:
         raise CheckpointError(
             f"{directory}: only pickle weights ({_some(pickles)}), which can run code when they are read; "
-            "save the model as safetensors first (transformers: model.save_pretrained) or use a repository that has them"
+            "save the model as safetensors first (model.save_pretrained does) or use a repository that has them"
         )
     raise CheckpointError(f"{directory}: no weights, expected {SINGLE} or {INDEX}")
 

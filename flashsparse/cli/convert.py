@@ -132,18 +132,22 @@ class _Lines:
         self.file = ""
 
     def __call__(self, file: str, done: int, total: int) -> None:
+        from flashsparse.memory import format_bytes
+
         if file != self.file:
             self.file = file
-            click.echo(f"{done / total:4.0%} of {total / 1e9:.3f} GB  {file}", err=True)
+            click.echo(f"{done / total:4.0%} of {format_bytes(total)}  {file}", err=True)
 
 
 def summary(manifest: Manifest) -> list[str]:
     """What was made, as lines: tier, size, activation and its origin, and what direct reads of records cost."""
+    from flashsparse.memory import format_bytes
+
     quant, activation, record = manifest.quant, manifest.activation, manifest.record
     size = sum(entry.bytes for entry in manifest.files.values())
-    codec = (
-        f"{quant.bits} bits, groups of {quant.group_size}" if quant else f"{manifest.source_dtype}, as in the source"
-    )
+    codec = f"{manifest.source_dtype}, as in the source"
+    if quant:
+        codec = f"{quant.bits} bits in groups of {quant.group_size}, from {manifest.source_dtype}"
     origin = "config.json" if activation.source == "config" else "--activation"
     param = "" if activation.param is None else f":{activation.param:g}"
     resident = manifest.files[manifest.resident_path.name].bytes
@@ -152,7 +156,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"tier        {manifest.tier}" + (f", gate {manifest.gate}" if manifest.tier == "exact" else ""),
         f"activation  {activation.name}{param} (from {origin})",
         f"weights     {codec}",
-        f"size        {size / 1e9:.3f} GB, of which resident {resident / 1e9:.3f} GB",
+        f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",
         f"record      {record.bytes} bytes, stride {record.stride}",
         *(_direct_reads(manifest, sector) for sector in SECTORS),
     ]
