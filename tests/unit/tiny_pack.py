@@ -1,0 +1,110 @@
+"""A pack of chosen shapes with counting bytes, written with the format's own modules and no converter."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from flashsparse.models.config import normalize_config
+from flashsparse.pack.layout import (
+    FileDigest,
+    FileEntry,
+    Quant,
+    flash_digest,
+    flash_name,
+    record_layout,
+    resident_digest,
+)
+from flashsparse.pack.manifest import CONFIG, RESIDENT, Manifest, canonical_json
+from flashsparse.pack.safetensors import header_bytes, shape_bytes, storage_order
+
+RAW: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 6,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 10,
+    "hidden_act": "relu",
+}
+Shapes = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def counting(size: int, seed: int) -> bytes:
+    """Bytes that differ from file to file and from record to record, the same on every machine."""
+    return bytes((seed + 7 * i + i // 251) % 256 for i in range(min(size, 4096))).ljust(size, bytes([seed % 251 + 1]))
+
+
+def llama_tensors(
+    d: int, inner: int, layers: int, vocab: int, kv: int, dtype: str = "F16", gate: bool = True
+) -> Shapes:
+    """The resident tensors of an untied Llama-like model; kv is the width of keys and values."""
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d), "model.norm.weight": (d,)}
+    shapes["lm_head.weight"] = (vocab, d)
+    for i in range(layers):
+        base = f"model.layers.{i}"
+        for name, width in (("q", d), ("k", kv), ("v", kv)):
+            shapes[f"{base}.self_attn.{name}_proj.weight"] = (width, d)
+        shapes[f"{base}.self_attn.o_proj.weight"] = (d, d)
+        shapes[f"{base}.input_layernorm.weight"] = shapes[f"{base}.post_attention_layernorm.weight"] = (d,)
+        if gate:
+            shapes[f"{base}.mlp.gate_proj.weight"] = (inner, d)
+    return {name: (dtype, shape) for name, shape in shapes.items()}
+
+
+def write_pack(path: Path, tensors: Shapes | None = None, quant: Quant | None = None, **changes: Any) -> Manifest:
+    """Writes a pack of tier exact for RAW with `changes`; `tensors` replaces the resident ones."""
+    path.mkdir(parents=True, exist_ok=True)
+    activation = changes.pop("activation", None)
+    model = normalize_config(RAW | changes, activation)
+    if tensors is None:
+        kv = model.kv_heads * model.head_dim
+        tensors = llama_tensors(model.hidden_size, model.intermediate_size, model.layers, model.vocab_size, kv)
+    tensors = {name: tensors[name] for name in storage_order(tensors)}
+    record = record_layout(True, "exact", model.hidden_size, "F16", quant)
+    files = {
+        CONFIG: _write(path / CONFIG, canonical_json(model.config).encode(), FileDigest()),
+        "tokenizer.json": _write(path / "tokenizer.json", b"{}\n", FileDigest()),
+    }
+    data = b"".join(counting(shape_bytes(*info), index) for index, info in enumerate(tensors.values()))
+    files[RESIDENT] = _write(path / RESIDENT, header_bytes(tensors) + data, resident_digest())
+    for layer in range(model.layers):
+        records = counting(model.intermediate_size * record.stride, 100 + layer)
+        header = header_bytes({"records": ("U8", (model.intermediate_size, record.stride))})
+        name = flash_name(layer)
+        files[name] = _write(path / name, header + records, flash_digest(record.stride))
+    manifest = Manifest(
+        path=path,
+        family=model.family,
+        tier="exact",
+        gate="full",
+        gated=model.gated,
+        activation=model.activation,
+        layers=model.layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        vocab_size=model.vocab_size,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        source_dtype="F16",
+        quant=quant,
+        resident_quant={},
+        record=record,
+        prefill_chunk=64,
+        files=files,
+    )
+    manifest.write()
+    return manifest
+
+
+def _write(path: Path, data: bytes, digest: FileDigest) -> FileEntry:
+    path.write_bytes(data)
+    for start in range(0, len(data), 100_003):  # pieces that match no block
+        digest.update(data[start : start + 100_003])
+    return digest.entry()
+
+
+def elements(shapes: Shapes) -> int:
+    return sum(math.prod(shape) for _, shape in shapes.values())
