@@ -1,0 +1,11 @@
+"""Reading records from flash: files opened for direct or buffered reads, and a pool of threads that fills addresses.
+
+Knows bytes, offsets and addresses only: no MLX, no models, no slots.
+"""
+
+from __future__ import annotations
+
+from flashsparse.flash.file import FlashFile, read_range, slot_stride
+from flashsparse.flash.reader import Batch, Counters, ReadPool
+
+__all__ = ["Batch", "Counters", "FlashFile", "ReadPool", "read_range", "slot_stride"]

@@ -1,0 +1,170 @@
+"""The read pool: batches of positioned reads, done by native threads straight into memory addresses.
+
+Owns batches' life time: a batch keeps its files and its pool, and is released only when no read is in flight, so that
+memory it reads into is never written after release. What is read where is the caller's decision.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from flashsparse.errors import FlashReadError, NativeLibraryError
+from flashsparse.flash.file import FlashFile
+from flashsparse.native.library import CReadError, lib
+
+READ = np.dtype(
+    [("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("fd", "<i4"), ("reserved", "<i4")]
+)
+FAILED, UNKNOWN = -1, -2
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a pool has done since it was made; `busy_s` is seconds in reads, summed over the threads."""
+
+    reads: int
+    needed_bytes: int
+    read_bytes: int
+    busy_s: float
+
+
+class ReadPool:
+    """`threads` native threads that read. Thread-safe; batches are served in the order they were submitted."""
+
+    def __init__(self, threads: int = 16) -> None:
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        self.threads = threads
+        self._lock = threading.Lock()
+        self._handle = lib().fs_pool_create(threads)
+        if not self._handle:
+            raise NativeLibraryError(f"cannot start {threads} read threads")
+
+    @property
+    def handle(self) -> int:
+        if not self._handle:
+            raise ValueError("this read pool is closed")
+        return self._handle
+
+    def submit(
+        self,
+        files: FlashFile | Sequence[FlashFile],
+        offsets: np.ndarray,
+        lengths: np.ndarray,
+        needs: np.ndarray,
+        dests: np.ndarray,
+    ) -> Batch:
+        """Start reading `lengths` bytes at file `offsets` into addresses `dests`, arrays of n integers each.
+
+        files: one for all reads, or one for each. Of every read `needs` bytes must arrive; the rest may lie beyond the
+        end of the file. The memory must stay until the batch is released. Raises ValueError for impossible requests,
+        FlashReadError when a file is closed.
+        """
+        n = len(offsets)
+        each = [files] * n if isinstance(files, FlashFile) else list(files)
+        reads = np.zeros(n, READ)
+        for name, values in (("offset", offsets), ("length", lengths), ("need", needs), ("dest", dests)):
+            reads[name] = values
+        if len(each) != n or (n and _impossible(reads)):
+            raise ValueError(f"{n} reads: {len(each)} files; offsets and needs must be in range, needs <= lengths")
+        reads["fd"] = files.fd if isinstance(files, FlashFile) else [file.fd for file in each]
+        batch = lib().fs_pool_submit(self.handle, reads.ctypes.data, n)
+        if batch < 0:
+            raise FlashReadError(f"cannot submit {n} reads: {os.strerror(-batch)}", "", 0, 0, int(-batch))
+        return Batch(self, batch, each, reads)
+
+    @property
+    def counters(self) -> Counters:
+        values = (ctypes.c_int64 * 4)()
+        lib().fs_pool_counters(self.handle, ctypes.byref(values))
+        return Counters(values[0], values[1], values[2], values[3] / 1e9)
+
+    def close(self) -> None:
+        """Drop waiting reads, wait for those in flight, stop the threads. Later uses of its batches fail."""
+        with self._lock:
+            handle, self._handle = self._handle, None
+        if handle:
+            lib().fs_pool_destroy(handle)
+
+    def __enter__(self) -> ReadPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _impossible(reads: np.ndarray) -> bool:
+    return bool(
+        (reads["offset"] < 0).any()
+        or (reads["need"] < 0).any()
+        or (reads["need"] > reads["length"]).any()
+        or (reads["dest"] == 0).any()
+    )
+
+
+class Batch:
+    """Reads submitted together; their indices are positions in the submitted arrays. Release it, or use `with`."""
+
+    def __init__(self, pool: ReadPool, batch: int, files: list[FlashFile], reads: np.ndarray) -> None:
+        self._pool, self._id, self._files, self._reads = pool, batch, files, reads
+        self._open = True
+
+    def __len__(self) -> int:
+        return len(self._reads)
+
+    def take(self) -> np.ndarray:
+        """Wait for finished reads; their indices (int32), each returned once, in no particular order. Empty: all taken.
+
+        Raises FlashReadError naming file, offset and reason when a read failed; the others are finished or dropped then.
+        """
+        if not self._open:
+            raise ValueError("this batch is released")
+        done = np.empty(len(self._reads), np.int32)
+        count = lib().fs_pool_take(self._pool.handle, self._id, done.ctypes.data, len(done))
+        if count == FAILED:
+            raise self._error()
+        if count == UNKNOWN:
+            raise ValueError("this batch is gone: its pool was closed")
+        return done[:count]
+
+    def wait(self) -> None:
+        """Wait for all reads. Raises FlashReadError as take() does."""
+        while len(self.take()):
+            pass
+
+    def _error(self) -> FlashReadError:
+        error = CReadError()
+        lib().fs_pool_error(self._pool.handle, self._id, ctypes.byref(error))
+        read, path = self._reads[error.index], self._files[error.index].path
+        offset, need = int(read["offset"]), int(read["need"])
+        what = os.strerror(error.error) if error.error else f"the file ends after {error.got} of them"
+        return FlashReadError(
+            f"{path}: reading {need} bytes at offset {offset} failed: {what}", path, offset, need, error.error
+        )
+
+    def release(self) -> None:
+        """Drop the reads nobody has begun and wait for those in flight; the memory is free afterwards. Idempotent."""
+        if self._open:
+            self._open = False
+            if self._pool._handle:
+                lib().fs_pool_release(self._pool.handle, self._id)
+
+    def __enter__(self) -> Batch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        self.release()

@@ -1,0 +1,118 @@
+"""Finds, loads and checks the native library, and declares its functions' types. Knows nothing of what they do."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from importlib import resources
+
+from flashsparse.errors import NativeLibraryError
+
+ABI_VERSION = 1
+FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
+REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
+
+
+class CMatrix(ctypes.Structure):
+    """fs_matrix."""
+
+    _fields_ = [  # noqa: RUF012
+        ("data", c_void_p),
+        ("scales", c_void_p),
+        ("biases", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+        ("dtype", c_int32),
+        ("scale_dtype", c_int32),
+        ("group_size", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class CRecord(ctypes.Structure):
+    """fs_record."""
+
+    _fields_ = [  # noqa: RUF012
+        ("gate", c_int64),
+        ("gate_bias", c_int64),
+        ("up", c_int64),
+        ("up_bias", c_int64),
+        ("down", c_int64),
+        ("d", c_int64),
+        ("dtype", c_int32),
+        ("scale_dtype", c_int32),
+        ("group_size", c_int32),
+        ("activation", c_int32),
+        ("param", c_float),
+        ("gated", c_int32),
+    ]
+
+
+class CReadError(ctypes.Structure):
+    """fs_read_error."""
+
+    _fields_ = [("index", c_int64), ("got", c_int64), ("error", c_int32), ("reserved", c_int32)]  # noqa: RUF012
+
+
+_FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
+    "fs_abi_version": (c_int32, []),
+    "fs_isa": (c_char_p, []),
+    "fs_set_isa": (c_int32, [c_char_p]),
+    "fs_workers_create": (c_void_p, [c_int32]),
+    "fs_workers_destroy": (None, [c_void_p]),
+    "fs_linear": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
+    "fs_gather": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),
+    "fs_attention": (None, [c_void_p] * 4 + [c_int32] + [c_int64] * 7 + [c_float, c_void_p]),
+    "fs_kv_append": (None, [c_void_p, c_void_p, c_int32] + [c_int64] * 5),
+    "fs_activate": (None, [c_void_p, c_int64, c_int32, c_float]),
+    "fs_active": (c_int64, [c_void_p, c_int64, c_int64, c_void_p]),
+    "fs_ffn_hidden": (
+        None,
+        [c_void_p, POINTER(CRecord)]
+        + [c_void_p] * 4
+        + [c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64],
+    ),
+    "fs_ffn_down": (
+        None,
+        [c_void_p, POINTER(CRecord)] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64, c_int64, c_void_p],
+    ),
+    "fs_pool_create": (c_void_p, [c_int32]),
+    "fs_pool_destroy": (None, [c_void_p]),
+    "fs_pool_submit": (c_int64, [c_void_p, c_void_p, c_int64]),
+    "fs_pool_take": (c_int64, [c_void_p, c_int64, c_void_p, c_int64]),
+    "fs_pool_error": (c_int32, [c_void_p, c_int64, POINTER(CReadError)]),
+    "fs_pool_release": (None, [c_void_p, c_int64]),
+    "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 4)]),
+}
+
+
+@functools.cache
+def lib() -> ctypes.CDLL:
+    """The loaded library, with argument types set. Raises NativeLibraryError, which says how to build it."""
+    path = resources.files("flashsparse.native") / FILE_NAME
+    if not path.is_file():
+        raise NativeLibraryError(f"{path} is missing; {REBUILD}")
+    try:
+        library = ctypes.CDLL(str(path))
+        found = library.fs_abi_version()
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(f"{path} cannot be loaded: {error}; {REBUILD}") from None
+    if found != ABI_VERSION:
+        raise NativeLibraryError(f"{path} has interface version {found}, expected {ABI_VERSION}; {REBUILD}")
+    for name, (result, arguments) in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def isa() -> str:
+    """The instruction set the kernels use: "avx2" or "portable"."""
+    return lib().fs_isa().decode()
+
+
+def set_isa(name: str) -> None:
+    """Choose the kernels' variant, for tests. Raises ValueError when this machine or build lacks it."""
+    if lib().fs_set_isa(name.encode()):
+        raise ValueError(f"instruction set {name!r} is not available here; in use is {isa()!r}")

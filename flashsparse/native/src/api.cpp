@@ -1,0 +1,159 @@
+// The C interface of the kernels: chooses the variant, cuts a call into tasks, runs them on the workers.
+// How a call is cut may depend on the number of threads; its result does not.
+#include <atomic>
+#include <cstring>
+
+#include "activation.h"
+#include "kernels.h"
+#include "numbers.h"
+#include "workers.h"
+
+namespace {
+
+using namespace fs;
+
+const Kernels* best() {
+#if defined(FS_HAVE_AVX2)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+        return &avx2_kernels;
+#endif
+    return &portable_kernels;
+}
+
+std::atomic<const Kernels*>& chosen() {
+    static std::atomic<const Kernels*> kernels{best()};
+    return kernels;
+}
+
+int64_t float_bytes(int32_t dtype) { return dtype == FS_F32 ? 4 : 2; }
+
+Format format_of(int64_t columns, int32_t dtype, int32_t scale_dtype, int32_t group) {
+    if (dtype < FS_Q8) return {columns, dtype, dtype, 0, columns * float_bytes(dtype), 0};
+    int64_t data = dtype == FS_Q8 ? columns : columns / 2;
+    return {columns, dtype, scale_dtype, group, data, columns / group * float_bytes(scale_dtype)};
+}
+
+Format format_of(const fs_matrix& w) { return format_of(w.cols, w.dtype, w.scale_dtype, w.group_size); }
+Format format_of(const fs_record& r) { return format_of(r.d, r.dtype, r.scale_dtype, r.group_size); }
+
+int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
+int64_t round_up(int64_t n, int64_t multiple) { return pieces(n, multiple) * multiple; }
+int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+// Waking a thread costs some microseconds: products smaller than this run on the caller.
+bool small(int64_t rows, int64_t columns, int64_t tokens) { return rows * columns * tokens < 32768; }
+
+// About 64 KiB of weights a task for one token, so that threads share the work evenly; row blocks for many tokens.
+int64_t rows_per_task(const Format& f, int64_t rows, int64_t tokens) {
+    if (small(rows, f.columns, tokens)) return rows > 0 ? rows : 1;
+    if (tokens > 1) return kRowBlock;
+    return round_up(between(4, 65536 / (f.data_bytes + 1), 1024), 4);
+}
+
+// Whole groups and cache lines; for one token a slice per thread, for many what leaves their sums in the L2 cache.
+int64_t columns_per_task(const Format& f, int64_t n, int64_t tokens, int threads) {
+    if (small(n, f.columns, tokens)) return f.columns;
+    int64_t unit = f.group > 64 ? f.group : 64;
+    return round_up(tokens > 1 ? 256 : pieces(f.columns, threads), unit);
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t fs_abi_version(void) { return FS_ABI_VERSION; }
+
+const char* fs_isa(void) { return chosen().load()->name; }
+
+int32_t fs_set_isa(const char* name) {
+    for (const Kernels* kernels : {best(), &portable_kernels}) {
+        if (strcmp(name, kernels->name) != 0) continue;
+        chosen() = kernels;
+        return 0;
+    }
+    return -1;
+}
+
+fs_workers* fs_workers_create(int32_t threads) {
+    try {
+        return new fs_workers(threads > 1 ? threads : 1);
+    } catch (...) {
+        return nullptr;
+    }
+}
+
+void fs_workers_destroy(fs_workers* workers) { delete workers; }
+
+void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
+    if (n_tokens <= 0) return;
+    Linear job{w, format_of(*w), bias, x, n_tokens, 0, y};
+    job.rows_per_task = rows_per_task(job.format, w->rows, n_tokens);
+    workers->run(chosen().load()->linear, &job, pieces(w->rows, job.rows_per_task), size_t(kRowBlock * w->cols));
+}
+
+void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out) {
+    Format format = format_of(*w);
+    auto row = [](const void* p, int64_t offset) { return (const uint8_t*)p + offset; };
+    for (int64_t i = 0; i < n; i++)
+        chosen().load()->decode(format, row(w->data, ids[i] * format.data_bytes),
+                                row(w->scales, ids[i] * format.scale_bytes),
+                                row(w->biases, ids[i] * format.scale_bytes), out + i * w->cols);
+}
+
+void fs_attention(fs_workers* workers, const float* q, const void* k, const void* v, int32_t kv_dtype, int64_t T,
+                  int64_t H, int64_t KVH, int64_t hd, int64_t capacity, int64_t offset, int64_t window, float scale,
+                  float* out) {
+    if (T <= 0) return;
+    int64_t group = H / KVH, head_block = between(1, group, kQueryBlock), token_block = kQueryBlock / head_block;
+    int64_t span = window > 0 && window < offset + T ? window : offset + T;
+    Attention job{q, (const uint8_t*)k, (const uint8_t*)v, format_of(hd, kv_dtype, kv_dtype, 0), T, H, KVH,
+                  capacity, offset, window, head_block, token_block, span, scale, out};
+    workers->run(chosen().load()->attention, &job, KVH * pieces(group, head_block) * pieces(T, token_block),
+                 size_t(kQueryBlock * span + kKeyBlock * hd));
+}
+
+void fs_kv_append(const float* k, void* cache, int32_t kv_dtype, int64_t T, int64_t KVH, int64_t hd, int64_t capacity,
+                  int64_t offset) {
+    int64_t size = float_bytes(kv_dtype);
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t h = 0; h < KVH; h++)
+            chosen().load()->encode(k + (t * KVH + h) * hd, hd, kv_dtype,
+                                    (uint8_t*)cache + (h * capacity + offset + t) * hd * size);
+}
+
+void fs_activate(float* g, int64_t n, int32_t activation, float param) {
+    for (int64_t i = 0; i < n; i++) g[i] = activate(g[i], activation, param);
+}
+
+int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids) {
+    for (int64_t i = 0; i < I; i++) ids[i] = 0;
+    for (int64_t t = 0; t < T; t++)
+        for (int64_t i = 0; i < I; i++) ids[i] |= activated[t * I + i] != 0.0f;
+    int64_t count = 0;  // the marks become numbers in place: count never passes i
+    for (int64_t i = 0; i < I; i++) {
+        int32_t active = ids[i];
+        ids[count] = int32_t(i);
+        count += active;
+    }
+    return count;
+}
+
+void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
+                   const int32_t* ids, const int32_t* cols, int64_t n, const float* x, int64_t T,
+                   const float* activated, int64_t I, float* hidden, int64_t ldh) {
+    if (T <= 0) return;
+    Hidden job{record, format_of(*record), base, offsets, ids, cols, n, x, T, activated, I, hidden, ldh};
+    workers->run(chosen().load()->hidden, &job, pieces(n, kRowBlock), size_t(2 * kRowBlock * record->d));
+}
+
+void fs_ffn_down(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
+                 const int32_t* cols, int64_t n, const float* hidden, int64_t ldh, int64_t T, float* y) {
+    if (T <= 0 || n <= 0) return;
+    Down job{record, format_of(*record), base, offsets, cols, n, hidden, ldh, T, 0, y};
+    job.columns_per_task = columns_per_task(job.format, n, T, workers->threads());
+    workers->run(chosen().load()->down, &job, pieces(record->d, job.columns_per_task),
+                 size_t(kRowBlock * job.columns_per_task));
+}
+
+}  // extern "C"

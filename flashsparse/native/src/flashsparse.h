@@ -1,0 +1,102 @@
+// The C interface of the native library: CPU kernels and the read pool.
+// Raw addresses in, no Python or MLX types. Shapes are row-contiguous; sizes are in elements unless they say bytes.
+// Nothing here knows of models, packs or slots. Arguments are validated by the Python bindings, not here.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(__GNUC__)
+#define FS_API __attribute__((visibility("default")))
+#else
+#define FS_API
+#endif
+
+#define FS_ABI_VERSION 1
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FS_F32 = 0, FS_F16 = 1, FS_BF16 = 2, FS_Q8 = 3, FS_Q4 = 4 };  // Q: MLX affine, groups along the row
+enum { FS_SILU = 0, FS_RELU = 1, FS_RELU2 = 2, FS_FATRELU = 3, FS_DRELU = 4 };
+
+typedef struct fs_workers fs_workers;
+typedef struct fs_pool fs_pool;
+
+typedef struct {
+    const void *data, *scales, *biases;  // scales, biases: [rows, cols / group_size] of scale_dtype, Q only
+    int64_t rows, cols;
+    int32_t dtype, scale_dtype, group_size, reserved;
+} fs_matrix;
+
+// Byte offsets of the fields inside a record, -1 where absent. A quantized vector is words, scales, biases back to back.
+typedef struct {
+    int64_t gate, gate_bias, up, up_bias, down;
+    int64_t d;
+    int32_t dtype, scale_dtype, group_size, activation;
+    float param;  // FATReLU's threshold
+    int32_t gated;
+} fs_record;
+
+FS_API int32_t fs_abi_version(void);
+FS_API const char* fs_isa(void);                // the variant in use: "avx2" or "portable"
+FS_API int32_t fs_set_isa(const char* name);    // 0, or -1 when this machine or build lacks it; not while kernels run
+
+// `threads` counts the calling thread. One call at a time works on a set of workers; further callers wait.
+FS_API fs_workers* fs_workers_create(int32_t threads);
+FS_API void fs_workers_destroy(fs_workers*);
+
+// y[T, rows] = x[T, cols] W^T + bias. Each value's bits depend on its row, its token and the variant only.
+FS_API void fs_linear(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y);
+// out[n, cols] = rows `ids` of w as float32.
+FS_API void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out);
+
+// Causal attention of q[T, H, hd] (positions offset..offset+T-1) over k, v [KVH, capacity, hd]; out[T, H, hd].
+// A window > 0 lets a position see itself and the window - 1 before it.
+FS_API void fs_attention(fs_workers*, const float* q, const void* k, const void* v, int32_t kv_dtype, int64_t T,
+                         int64_t H, int64_t KVH, int64_t hd, int64_t capacity, int64_t offset, int64_t window,
+                         float scale, float* out);
+// Writes k[T, KVH, hd] into cache[KVH, capacity, hd] at positions offset.., rounded to nearest even.
+FS_API void fs_kv_append(const float* k, void* cache, int32_t kv_dtype, int64_t T, int64_t KVH, int64_t hd,
+                         int64_t capacity, int64_t offset);
+
+// The activation of n gate values in place. DReLU: the gate's half, relu.
+FS_API void fs_activate(float* g, int64_t n, int32_t activation, float param);
+// Ascending neurons i with activated[t, i] != 0 for some t (NaN counts); returns how many. ids has room for I.
+FS_API int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids);
+
+// hidden[t, cols[j]] = the intermediate value of neuron ids[j], whose record begins at base + offsets[j].
+// activated[T, I] holds activated gates; NULL: they are computed from the record's gate row (non-gated: up row).
+// A gate of exactly zero gives exactly zero, whatever the up row holds.
+FS_API void fs_ffn_hidden(fs_workers*, const fs_record*, const uint8_t* base, const int64_t* offsets,
+                          const int32_t* ids, const int32_t* cols, int64_t n, const float* x, int64_t T,
+                          const float* activated, int64_t I, float* hidden, int64_t ldh);
+// y[T, d] += sum over ascending j of hidden[t, cols[j]] * down_j, zeros skipped, one addition after the other, so that
+// the result does not depend on threads, on the records' places, or on how ascending records are split into calls.
+FS_API void fs_ffn_down(fs_workers*, const fs_record*, const uint8_t* base, const int64_t* offsets,
+                        const int32_t* cols, int64_t n, const float* hidden, int64_t ldh, int64_t T, float* y);
+
+typedef struct {
+    int64_t offset, length, need;  // bytes; need <= length must arrive (a direct read may run past the end of the file)
+    void* dest;
+    int32_t fd, reserved;
+} fs_read;
+
+typedef struct {
+    int64_t index, got;  // which read of the batch; bytes that arrived before it failed
+    int32_t error, reserved;  // errno; 0: the file ended
+} fs_read_error;
+
+FS_API fs_pool* fs_pool_create(int32_t threads);  // NULL when the threads cannot be started
+FS_API void fs_pool_destroy(fs_pool*);            // drops waiting reads, waits for those in flight
+FS_API int64_t fs_pool_submit(fs_pool*, const fs_read*, int64_t n);  // batch > 0, or -errno
+// Blocks until a read of the batch is finished; writes at most max indices, returns how many. 0: all are taken.
+// -1: a read failed (no read of the batch is in flight any more). -2: no such batch.
+FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max);
+FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1 and *out, or 0
+FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight
+FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // reads, bytes needed, bytes arrived, busy ns over threads
+
+#ifdef __cplusplus
+}
+#endif

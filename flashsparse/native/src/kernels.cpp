@@ -1,0 +1,443 @@
+// The kernels of one variant, over tasks of a job. Compiled once per instruction set with FS_TABLE naming the table.
+// No standard library templates here: their out-of-line copies would be shared with code for other machines.
+#include "activation.h"
+#include "rows.h"
+
+namespace {
+
+using namespace fs;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// --- linear: one task is a block of rows ------------------------------------------------------------------------
+
+template <class Row>
+Row matrix_row(const Linear& job, int64_t r) {
+    const fs_matrix& w = *job.w;
+    const Format& f = job.format;
+    Row row;
+    bind(row, f, bytes_at(w.data, r * f.data_bytes), bytes_at(w.scales, r * f.scale_bytes),
+         bytes_at(w.biases, r * f.scale_bytes));
+    return row;
+}
+
+inline void put(const Linear& job, int64_t row, int64_t token, float value) {
+    job.y[token * job.w->rows + row] = job.bias ? value + job.bias[row] : value;
+}
+
+template <int R, class Row>
+void linear_one_token(const Linear& job, int64_t row, int64_t last) {
+    Row rows[R];
+    const uint8_t* ahead[R];
+    float out[R];
+    for (int r = 0; r < R; r++) {
+        rows[r] = matrix_row<Row>(job, row + r);
+        ahead[r] = bytes_at(job.w->data, least(row + R + r, last) * job.format.data_bytes);
+    }
+    dots<R, 1>(rows, &job.x, job.format.columns, step_of(job.format, job.format.columns), out, ahead);
+    for (int r = 0; r < R; r++) put(job, row + r, 0, out[r]);
+}
+
+template <int R, int C>
+void linear_tile(const Linear& job, const RowF32* rows, int64_t row, int64_t token) {
+    int64_t n = job.format.columns;
+    const float* x[C];
+    float out[R * C];
+    for (int c = 0; c < C; c++) x[c] = job.x + (token + c) * n;
+    dots<R, C>(rows, x, n, most(n, 16), out);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) put(job, row + r, token + c, out[r * C + c]);
+}
+
+template <int C>
+void linear_token_tile(const Linear& job, const RowF32* rows, int count, int64_t row, int64_t token) {
+    int r = 0;
+    for (; r + 2 <= count; r += 2) linear_tile<2, C>(job, rows + r, row + r, token);
+    if (r < count) linear_tile<1, C>(job, rows + r, row + r, token);
+}
+
+template <class Row>
+void linear_many_tokens(const Linear& job, int64_t row, int count, float* scratch) {
+    RowF32 rows[kRowBlock];
+    int64_t n = job.format.columns;
+    for (int r = 0; r < count; r++) {
+        decode_row(matrix_row<Row>(job, row + r), n, step_of(job.format, n), scratch + r * n);
+        rows[r].p = scratch + r * n;
+    }
+    int64_t token = 0;
+    for (; token + 3 <= job.tokens; token += 3) linear_token_tile<3>(job, rows, count, row, token);
+    for (; token < job.tokens; token++) linear_token_tile<1>(job, rows, count, row, token);
+}
+
+template <class Row>
+void linear_rows(const Linear& job, int64_t row, int64_t end, float* scratch) {
+    if (job.tokens > 1) {
+        for (; row < end; row += kRowBlock)
+            linear_many_tokens<Row>(job, row, int(least(kRowBlock, end - row)), scratch);
+        return;
+    }
+    for (; row + 4 <= end; row += 4) linear_one_token<4, Row>(job, row, job.w->rows - 1);
+    for (; row < end; row++) linear_one_token<1, Row>(job, row, job.w->rows - 1);
+}
+
+void linear(const void* context, int64_t task, float* scratch) {
+    const Linear& job = *(const Linear*)context;
+    int64_t row = task * job.rows_per_task;
+    with_row(job.format.dtype, [&](auto type) {
+        linear_rows<decltype(type)>(job, row, least(row + job.rows_per_task, job.w->rows), scratch);
+    });
+}
+
+// --- hidden: one task is a block of records ---------------------------------------------------------------------
+
+inline float field_value(const Hidden& job, int64_t j, int64_t field) {
+    if (field < 0) return 0.0f;
+    int32_t dtype = job.format.group ? job.format.scale_dtype : job.format.dtype;
+    return float_at(job.base + job.offsets[j] + field, dtype, 0);
+}
+
+template <class Row>
+Row record_row(const Hidden& job, int64_t j, int64_t at) {
+    return field<Row>(job.format, job.base + job.offsets[j] + at);
+}
+
+inline float finish(const Hidden& job, float gate, float up) {
+    return job.record->activation == FS_DRELU ? gate * relu(up) : gate * up;
+}
+
+// The record's own pre-activation: the gate row, or without a gate the up row.
+struct Score {
+    int64_t row, bias;
+    explicit Score(const fs_record& r) : row(r.gated ? r.gate : r.up), bias(r.gated ? r.gate_bias : r.up_bias) {}
+};
+
+// out[k] = field `at` of records j[0..count) . x, for one token.
+template <class Row>
+void record_dots(const Hidden& job, const int64_t* j, int count, int64_t at, float* out) {
+    int64_t n = job.format.columns, step = step_of(job.format, n);
+    Row rows[4];
+    const uint8_t* ahead[4];
+    int k = 0;
+    for (; k + 4 <= count; k += 4) {
+        for (int r = 0; r < 4; r++) {
+            rows[r] = record_row<Row>(job, j[k + r], at);
+            ahead[r] = job.base + job.offsets[least(j[k + r] + 4, job.n - 1)] + at;
+        }
+        dots<4, 1>(rows, &job.x, n, step, out + k, ahead);
+    }
+    for (; k < count; k++) {
+        rows[0] = record_row<Row>(job, j[k], at);
+        dots<1, 1>(rows, &job.x, n, step, out + k);
+    }
+}
+
+template <class Row>
+void hidden_one_token(const Hidden& job, int64_t first, int count) {
+    const fs_record& record = *job.record;
+    float gate[kRowBlock], up[kRowBlock];
+    int64_t all_of[kRowBlock], active[kRowBlock] = {0};
+    for (int k = 0; k < count; k++) all_of[k] = first + k;
+    if (job.activated) {
+        for (int k = 0; k < count; k++) gate[k] = job.activated[job.ids[first + k]];
+    } else {
+        Score score(record);
+        record_dots<Row>(job, all_of, count, score.row, gate);
+        for (int k = 0; k < count; k++)
+            gate[k] = activate(gate[k] + field_value(job, first + k, score.bias), record.activation, record.param);
+    }
+    int used = 0;
+    for (int k = 0; k < count; k++) {
+        job.hidden[job.cols[first + k]] = gate[k] == 0.0f ? 0.0f : gate[k];
+        if (gate[k] != 0.0f) active[used++] = first + k;
+    }
+    if (!record.gated) return;
+    record_dots<Row>(job, active, used, record.up, up);
+    for (int k = 0; k < used; k++) {
+        float* value = job.hidden + job.cols[active[k]];
+        *value = finish(job, *value, up[k] + field_value(job, active[k], record.up_bias));
+    }
+}
+
+constexpr int kTokenBlock = 16;
+
+// out[i] = row . x[tokens[i]]
+inline void token_dots(const Hidden& job, RowF32 row, const int64_t* tokens, int count, float* out) {
+    int64_t n = job.format.columns;
+    const float* x[kTokenBlock];
+    for (int i = 0; i < count; i++) x[i] = job.x + tokens[i] * n;
+    int i = 0;
+    for (; i + 4 <= count; i += 4) dots<1, 4>(&row, x + i, n, most(n, 16), out + i);
+    for (; i < count; i++) dots<1, 1>(&row, x + i, n, most(n, 16), out + i);
+}
+
+// Replaces gate[t] by the hidden value for the `count` tokens of one record; `up` is its decoded up row.
+inline void apply_up(const Hidden& job, int64_t j, RowF32 up, int64_t token, int count, float* gate) {
+    int64_t active[kTokenBlock];
+    float values[kTokenBlock];
+    int used = 0;
+    for (int t = 0; t < count; t++)
+        if (gate[t] != 0.0f) active[used++] = token + t;
+    token_dots(job, up, active, used, values);
+    float bias = field_value(job, j, job.record->up_bias);
+    for (int i = 0; i < used; i++) {
+        float& value = gate[active[i] - token];
+        value = finish(job, value, values[i] + bias);
+    }
+}
+
+inline void gates_of(const Hidden& job, int64_t j, RowF32 row, int64_t token, int count, float* gate) {
+    if (job.activated) {
+        for (int t = 0; t < count; t++) gate[t] = job.activated[(token + t) * job.neurons + job.ids[j]];
+        return;
+    }
+    int64_t tokens[kTokenBlock];
+    for (int t = 0; t < count; t++) tokens[t] = token + t;
+    token_dots(job, row, tokens, count, gate);
+    float bias = field_value(job, j, Score(*job.record).bias);
+    for (int t = 0; t < count; t++) gate[t] = activate(gate[t] + bias, job.record->activation, job.record->param);
+}
+
+template <class Row>
+void hidden_many_tokens(const Hidden& job, int64_t first, int count, float* scratch) {
+    int64_t n = job.format.columns;
+    bool gated = job.record->gated;
+    RowF32 score[kRowBlock], up[kRowBlock];
+    for (int k = 0; k < count; k++) {
+        score[k].p = scratch + (2 * k) * n, up[k].p = scratch + (2 * k + 1) * n;
+        if (!job.activated)
+            decode_row(record_row<Row>(job, first + k, Score(*job.record).row), n, step_of(job.format, n), scratch + 2 * k * n);
+        if (gated)
+            decode_row(record_row<Row>(job, first + k, job.record->up), n, step_of(job.format, n), scratch + (2 * k + 1) * n);
+    }
+    for (int64_t token = 0; token < job.tokens; token += kTokenBlock) {
+        int block = int(least(kTokenBlock, job.tokens - token));
+        for (int k = 0; k < count; k++) {
+            float gate[kTokenBlock];
+            gates_of(job, first + k, score[k], token, block, gate);
+            if (gated) apply_up(job, first + k, up[k], token, block, gate);
+            for (int t = 0; t < block; t++)
+                job.hidden[(token + t) * job.ldh + job.cols[first + k]] = gate[t] == 0.0f ? 0.0f : gate[t];
+        }
+    }
+}
+
+void hidden(const void* context, int64_t task, float* scratch) {
+    const Hidden& job = *(const Hidden*)context;
+    int64_t first = task * kRowBlock;
+    int count = int(least(kRowBlock, job.n - first));
+    with_row(job.format.dtype, [&](auto type) {
+        using Row = decltype(type);
+        if (job.tokens == 1) hidden_one_token<Row>(job, first, count);
+        else hidden_many_tokens<Row>(job, first, count, scratch);
+    });
+}
+
+// --- down: one task is a block of columns -----------------------------------------------------------------------
+
+// The down vector of record j from column `begin` on, which is a multiple of the group.
+template <class Row>
+Row down_row(const Down& job, int64_t j, int64_t begin) {
+    const Format& f = job.format;
+    const uint8_t* p = job.base + job.offsets[j] + job.record->down;
+    const uint8_t *scales = p + f.data_bytes, *biases = scales + f.scale_bytes;
+    int64_t skip = f.group ? begin / f.group * (f.scale_dtype == FS_F32 ? 4 : 2) : 0;
+    Row row;
+    bind(row, f, p + Row::bytes(begin), scales + skip, biases + skip);
+    return row;
+}
+
+template <class Row>
+void down_one_token(const Down& job, int64_t begin, int64_t n) {
+    int64_t step = step_of(job.format, n);
+    Row rows[4];
+    const uint8_t* ahead[4];
+    float weights[4];
+    int used = 0;
+    for (int64_t j = 0; j < job.n; j++) {
+        float weight = job.hidden[job.cols[j]];
+        if (weight == 0.0f) continue;
+        weights[used] = weight;
+        rows[used] = down_row<Row>(job, j, begin);
+        ahead[used++] = job.base + job.offsets[least(j + 4, job.n - 1)] + job.record->down + Row::bytes(begin);
+        if (used < 4) continue;
+        weighted<4>(rows, weights, n, step, job.y + begin, ahead);
+        used = 0;
+    }
+    weighted_many(rows, weights, used, n, step, job.y + begin);
+}
+
+template <class Row>
+void down_many_tokens(const Down& job, int64_t begin, int64_t n, float* scratch) {
+    for (int64_t first = 0; first < job.n; first += kRowBlock) {
+        int count = int(least(kRowBlock, job.n - first));
+        for (int k = 0; k < count; k++)
+            decode_row(down_row<Row>(job, first + k, begin), n, step_of(job.format, n), scratch + k * n);
+        for (int64_t t = 0; t < job.tokens; t++) {
+            RowF32 rows[kRowBlock];
+            float weights[kRowBlock];
+            int used = 0;
+            for (int k = 0; k < count; k++) {
+                float weight = job.hidden[t * job.ldh + job.cols[first + k]];
+                if (weight != 0.0f) weights[used] = weight, rows[used++].p = scratch + k * n;
+            }
+            weighted_many(rows, weights, used, n, most(n, 16), job.y + t * job.format.columns + begin);
+        }
+    }
+}
+
+void down(const void* context, int64_t task, float* scratch) {
+    const Down& job = *(const Down*)context;
+    int64_t begin = task * job.columns_per_task;
+    int64_t n = least(job.columns_per_task, job.format.columns - begin);
+    with_row(job.format.dtype, [&](auto type) {
+        using Row = decltype(type);
+        if (job.tokens == 1) down_one_token<Row>(job, begin, n);
+        else down_many_tokens<Row>(job, begin, n, scratch);
+    });
+}
+
+// --- attention: one task is some tokens and some heads of one key head ------------------------------------------
+
+// A task's query rows, the tokens' rows one after the other; each has its own range of keys and its own scores.
+struct Queries {
+    int count;
+    const float* q[kQueryBlock];
+    float* out[kQueryBlock];
+    float* scores[kQueryBlock];
+    int64_t low[kQueryBlock], high[kQueryBlock];  // keys low..high, both included
+    int64_t kv_head;
+};
+
+Queries queries_of(const Attention& job, int64_t task, float* scratch) {
+    int64_t group = job.heads / job.kv_heads, blocks = (group + job.head_block - 1) / job.head_block;
+    int64_t kv_head = task % job.kv_heads, block = task / job.kv_heads % blocks, first = task / job.kv_heads / blocks;
+    Queries all_of;
+    all_of.count = 0, all_of.kv_head = kv_head;
+    for (int64_t t = first * job.token_block; t < least((first + 1) * job.token_block, job.tokens); t++) {
+        for (int64_t g = block * job.head_block; g < least((block + 1) * job.head_block, group); g++) {
+            int i = all_of.count++;
+            int64_t at = (t * job.heads + kv_head * group + g) * job.format.columns, position = job.offset + t;
+            all_of.q[i] = job.q + at, all_of.out[i] = job.out + at;
+            all_of.scores[i] = scratch + i * job.span;
+            all_of.low[i] = job.window > 0 ? most(0, position - job.window + 1) : 0;
+            all_of.high[i] = position;
+        }
+    }
+    return all_of;
+}
+
+// Decodes keys or values `first`.. of one head into `rows`.
+inline void decode_keys(const Attention& job, const uint8_t* from, int64_t kv_head, int64_t first, int count, float* rows) {
+    int64_t n = job.format.columns;
+    const uint8_t* p = from + (kv_head * job.capacity + first) * job.format.data_bytes;
+    with_row(job.format.dtype, [&](auto type) {
+        for (int k = 0; k < count; k++)
+            decode_row(field<decltype(type)>(job.format, p + k * job.format.data_bytes), n, most(n, 16), rows + k * n);
+    });
+}
+
+void score_keys(const Attention& job, const Queries& all_of, float* rows) {
+    int64_t n = job.format.columns, last = all_of.high[all_of.count - 1];
+    for (int64_t first = all_of.low[0]; first <= last; first += kKeyBlock) {
+        int keys = int(least(kKeyBlock, last + 1 - first));
+        decode_keys(job, job.k, all_of.kv_head, first, keys, rows);
+        for (int k = 0; k < keys; k++) {
+            int64_t key = first + k;
+            int i = 0, end = all_of.count;  // low and high grow with the row: those that see this key are neighbours
+            while (i < end && all_of.high[i] < key) i++;
+            while (end > i && all_of.low[end - 1] > key) end--;
+            RowF32 row{rows + k * n};
+            float out[4];
+            for (; i < end; i += 4) {
+                int count = end - i < 4 ? end - i : 4;
+                if (count == 4) dots<1, 4>(&row, all_of.q + i, n, most(n, 16), out);
+                else for (int c = 0; c < count; c++) dots<1, 1>(&row, all_of.q + i + c, n, most(n, 16), out + c);
+                for (int c = 0; c < count; c++) all_of.scores[i + c][key - all_of.low[i + c]] = out[c] * job.scale;
+            }
+        }
+    }
+}
+
+// exp(score - max) in place; returns the sum, whose order depends on the number of keys only.
+float softmax(float* scores, int64_t n) {
+    float largest = scores[0];
+    for (int64_t i = 1; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+    V total = zero(), shift = all(-largest);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        V e = exp_nonpositive(add(load(scores + i), shift));
+        store(scores + i, e);
+        total = add(total, e);
+    }
+    if (i < n) {
+        float rest[8] = {0};
+        memcpy(rest, scores + i, size_t(n - i) * 4);
+        store(rest, exp_nonpositive(add(load(rest), shift)));
+        for (int64_t k = n - i; k < 8; k++) rest[k] = 0.0f;
+        total = add(total, load(rest));
+        memcpy(scores + i, rest, size_t(n - i) * 4);
+    }
+    return sum(total);
+}
+
+void sum_values(const Attention& job, const Queries& all_of, float* rows) {
+    int64_t n = job.format.columns, last = all_of.high[all_of.count - 1];
+    for (int64_t first = all_of.low[0]; first <= last; first += kKeyBlock) {
+        int keys = int(least(kKeyBlock, last + 1 - first));
+        decode_keys(job, job.v, all_of.kv_head, first, keys, rows);
+        for (int i = 0; i < all_of.count; i++) {
+            int64_t begin = most(first, all_of.low[i]), end = least(first + keys - 1, all_of.high[i]) + 1;
+            RowF32 seen[kKeyBlock];
+            for (int64_t k = begin; k < end; k++) seen[k - begin].p = rows + (k - first) * n;
+            if (begin < end)
+                weighted_many(seen, all_of.scores[i] + begin - all_of.low[i], int(end - begin), n, most(n, 16), all_of.out[i]);
+        }
+    }
+}
+
+void attention(const void* context, int64_t task, float* scratch) {
+    const Attention& job = *(const Attention*)context;
+    float* rows = scratch;
+    Queries all_of = queries_of(job, task, scratch + kKeyBlock * job.format.columns);
+    float sums[kQueryBlock];
+    score_keys(job, all_of, rows);
+    for (int i = 0; i < all_of.count; i++) {
+        sums[i] = softmax(all_of.scores[i], all_of.high[i] - all_of.low[i] + 1);
+        memset(all_of.out[i], 0, size_t(job.format.columns) * 4);
+    }
+    sum_values(job, all_of, rows);
+    for (int i = 0; i < all_of.count; i++)
+        for (int64_t k = 0; k < job.format.columns; k++) all_of.out[i][k] /= sums[i];
+}
+
+// --- rows in and out --------------------------------------------------------------------------------------------
+
+void decode(const Format& f, const void* data, const void* scales, const void* biases, float* out) {
+    with_row(f.dtype, [&](auto type) {
+        bind(type, f, data, scales, biases);
+        decode_row(type, f.columns, step_of(f, f.columns), out);
+    });
+}
+
+void encode(const float* values, int64_t n, int32_t dtype, void* out) {
+    if (dtype == FS_F32) {
+        memcpy(out, values, size_t(n) * 4);
+        return;
+    }
+    auto* halves = (uint16_t*)out;
+    int64_t i = 0;
+    if (dtype == FS_F16) {
+        for (; i + 8 <= n; i += 8) store_f16(halves + i, load(values + i));
+        for (; i < n; i++) halves[i] = f32_to_f16(values[i]);
+    }
+    for (; i < n; i++) halves[i] = f32_to_bf16(values[i]);
+}
+
+}  // namespace
+
+#if defined(FS_AVX2)
+const fs::Kernels fs::avx2_kernels = {"avx2", linear, hidden, down, attention, decode, encode};
+#else
+const fs::Kernels fs::portable_kernels = {"portable", linear, hidden, down, attention, decode, encode};
+#endif

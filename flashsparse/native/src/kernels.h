@@ -1,0 +1,79 @@
+// What the dispatcher (api.cpp) hands to a kernel variant: one struct per call, and a table of the variant's functions.
+#pragma once
+
+#include "flashsparse.h"
+
+namespace fs {
+
+// How a stored vector of `columns` values is decoded. size: bytes of one vector's words, of its scales and of its biases.
+struct Format {
+    int64_t columns;
+    int32_t dtype, scale_dtype, group;  // group 0: not quantized
+    int64_t data_bytes, scale_bytes;
+};
+
+struct Linear {
+    const fs_matrix* w;
+    Format format;
+    const float *bias, *x;
+    int64_t tokens, rows_per_task;
+    float* y;
+};
+
+struct Hidden {
+    const fs_record* record;
+    Format format;
+    const uint8_t* base;
+    const int64_t* offsets;
+    const int32_t *ids, *cols;
+    int64_t n;
+    const float* x;
+    int64_t tokens;
+    const float* activated;
+    int64_t neurons;
+    float* hidden;
+    int64_t ldh;
+};
+
+struct Down {
+    const fs_record* record;
+    Format format;
+    const uint8_t* base;
+    const int64_t* offsets;
+    const int32_t* cols;
+    int64_t n;
+    const float* hidden;
+    int64_t ldh, tokens, columns_per_task;
+    float* y;
+};
+
+struct Attention {
+    const float* q;
+    const uint8_t *k, *v;
+    Format format;  // of one key or value, columns = head size
+    int64_t tokens, heads, kv_heads, capacity, offset, window;
+    int64_t head_block, token_block, span;  // rows of a task; the most keys one of its rows sees
+    float scale;
+    float* out;
+};
+
+constexpr int kRowBlock = 8;     // rows or records decoded together when several tokens use them
+constexpr int kKeyBlock = 4;     // keys or values decoded together
+constexpr int kQueryBlock = 8;   // query rows (tokens times heads of one key head) of an attention task
+
+struct Kernels {
+    const char* name;
+    void (*linear)(const void* job, int64_t task, float* scratch);     // scratch: kRowBlock * columns
+    void (*hidden)(const void* job, int64_t task, float* scratch);     // scratch: 2 * kRowBlock * columns
+    void (*down)(const void* job, int64_t task, float* scratch);       // scratch: kRowBlock * columns_per_task
+    void (*attention)(const void* job, int64_t task, float* scratch);  // scratch: kQueryBlock * span + kKeyBlock * columns
+    void (*decode)(const Format&, const void* data, const void* scales, const void* biases, float* out);
+    void (*encode)(const float* values, int64_t n, int32_t dtype, void* out);
+};
+
+extern const Kernels portable_kernels;
+#if defined(FS_HAVE_AVX2)
+extern const Kernels avx2_kernels;
+#endif
+
+}  // namespace fs

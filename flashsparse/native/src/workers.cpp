@@ -1,0 +1,83 @@
+// The compute threads: helpers spin for some microseconds after a run, then sleep.
+#include "workers.h"
+
+namespace {
+
+constexpr int kSpins = 4000;  // some 20 to 100 microseconds: a decode step's pause between two products
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+}  // namespace
+
+fs_workers::fs_workers(int threads) : scratch_(size_t(threads)) {
+    for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
+}
+
+fs_workers::~fs_workers() {
+    stop_ = true;
+    generation_++;
+    { std::lock_guard<std::mutex> lock(sleep_); }
+    wake_.notify_all();
+    for (auto& helper : helpers_) helper.join();
+}
+
+float* fs_workers::scratch(int index) {
+    auto& memory = scratch_[size_t(index)];
+    if (memory.size() < scratch_floats_ + 16) memory = std::vector<float>(scratch_floats_ + 16);
+    auto address = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<float*>((address + 63) / 64 * 64);
+}
+
+void fs_workers::work(int index) {
+    float* memory = scratch(index);
+    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
+        function_(context_, task, memory);
+}
+
+void fs_workers::run(Task function, const void* context, int64_t tasks, size_t scratch_floats) {
+    if (tasks <= 0) return;
+    std::lock_guard<std::mutex> lock(caller_);
+    function_ = function, context_ = context, tasks_ = tasks, scratch_floats_ = scratch_floats;
+    next_.store(0, std::memory_order_relaxed);
+    if (tasks == 1 || helpers_.empty()) return work(0);
+    open_ = true;
+    generation_++;
+    if (sleepers_ > 0) {
+        { std::lock_guard<std::mutex> guard(sleep_); }
+        wake_.notify_all();
+    }
+    work(0);
+    // A helper that joins late either sees the closed door or is seen here: both sides are sequentially consistent.
+    open_ = false;
+    for (int spins = 0; joined_ > 0; spins++) {
+        if (spins < kSpins) relax();
+        else std::this_thread::yield();
+    }
+}
+
+bool fs_workers::wait_for_work(uint64_t seen) {
+    for (int i = 0; i < kSpins; i++) {
+        if (stop_ || generation_ != seen) return !stop_;
+        relax();
+    }
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_++;
+    wake_.wait(lock, [&] { return stop_ || generation_ != seen; });
+    sleepers_--;
+    return !stop_;
+}
+
+void fs_workers::help(int index) {
+    for (uint64_t seen = 0; wait_for_work(seen);) {
+        seen = generation_;
+        joined_++;
+        if (open_) work(index);
+        joined_--;
+    }
+}

@@ -1,0 +1,46 @@
+// The compute threads: runs one function over task numbers 0..n-1, the calling thread included.
+// Which thread runs which task is left to chance, so a task's result must not depend on it.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+struct fs_workers {
+  public:
+    using Task = void (*)(const void* context, int64_t task, float* scratch);
+
+    explicit fs_workers(int threads);
+    ~fs_workers();
+    fs_workers(const fs_workers&) = delete;
+    fs_workers& operator=(const fs_workers&) = delete;
+
+    // Runs all tasks and returns when they are done. Each thread brings `scratch` floats of its own.
+    void run(Task function, const void* context, int64_t tasks, size_t scratch);
+    int threads() const { return int(helpers_.size()) + 1; }
+
+  private:
+    void help(int index);
+    bool wait_for_work(uint64_t seen);
+    void work(int index);
+    float* scratch(int index);
+
+    std::mutex caller_;  // one run at a time
+    std::mutex sleep_;
+    std::condition_variable wake_;
+    std::vector<std::vector<float>> scratch_;
+    std::vector<std::thread> helpers_;
+
+    std::atomic<uint64_t> generation_{0};
+    std::atomic<int> sleepers_{0}, joined_{0};
+    std::atomic<bool> open_{false}, stop_{false};
+    std::atomic<int64_t> next_{0};
+    Task function_ = nullptr;
+    const void* context_ = nullptr;
+    int64_t tasks_ = 0;
+    size_t scratch_floats_ = 0;
+};
