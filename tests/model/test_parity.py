@@ -107,15 +107,13 @@ def test_a_conversation_fed_in_parts_is_the_same(name: str, make_pack: MakePack)
 @pytest.mark.parametrize("tier", ["auto", "dense"])
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", QUANTIZED)
-def test_quantized_weights_match_their_dequantized_values(
-    name: str, bits: int, tier: str, make_pack: MakePack
-) -> None:
+def test_quantized_weights_match_their_dequantized_values(name: str, bits: int, tier: str, make_pack: MakePack) -> None:
     vector = read(name)
     pack = make_pack(name, bits=bits, group_size=32, tier=tier)
     with flashsparse.load(pack) as engine:
         expected = dequantized_logits(vector, engine.manifest)
         assert error(engine_logits(engine, vector), expected) < TOLERANCE
-        assert 1e-4 < error(expected, vector.logits)
+        assert error(expected, vector.logits) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])

@@ -1,4 +1,4 @@
-"""The reference vectors themselves: a second, independent implementation agrees, and each feature shows in the logits."""
+"""The reference vectors themselves: an independent implementation agrees, and each feature shows in the logits."""
 
 from __future__ import annotations
 
