@@ -34,7 +34,7 @@ def write_records(
         step = block_records(plan.record.stride)
         for first in range(0, columns.shape[1], step):
             part = columns[:, first : first + step]
-            block = _records(checkpoint, plan, sources, begin + first, part)
+            block = records(checkpoint, plan, sources, begin + first, part)
             file.write(block.data)
             advance(block.nbytes)
 
@@ -48,7 +48,7 @@ def _column_blocks(checkpoint: Checkpoint, plan: Plan, down: SourceTensor) -> It
         yield begin, checkpoint.columns(down, begin, min(plan.records, begin + count))
 
 
-def _records(
+def records(
     checkpoint: Checkpoint, plan: Plan, sources: dict[str, SourceTensor], begin: int, columns: np.ndarray
 ) -> np.ndarray:
     """The records uint8 [n, stride] of neurons from `begin` on; `columns` [d, n] are theirs of the down projection."""

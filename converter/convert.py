@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.bundles import write_records
+from converter.compare import difference
 from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
@@ -21,11 +22,12 @@ from converter.resident import write_resident
 from converter.source import Checkpoint, open_checkpoint
 from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_digest, flash_name, resident_digest
-from flashsparse.pack.manifest import CONFIG, MANIFEST, RESIDENT, Manifest, read_manifest
+from flashsparse.pack.manifest import MANIFEST, RESIDENT, read_manifest
 
 Progress = Callable[[str, int, int], None]  # (file being written, bytes done, bytes of the whole pack)
 
-MANIFEST_BYTES = 16 << 20  # more than any manifest needs, for the check of the disk's space
+MANIFEST_BYTES = 1 << 20  # what manifest and journal need at most, and a share of the pack for its blocks' checksums
+MANIFEST_SHARE = 10_000
 
 
 def convert(
@@ -56,7 +58,7 @@ def convert(
         source = checkpoint.fingerprint()
         try:
             with Staging(target) as staging:
-                journal = _begin(staging, plan, source, resume, force)
+                journal = _begin(checkpoint, plan, source, staging, resume, force)
                 if journal is not None:
                     _Run(checkpoint, plan, staging, journal, progress or _silent).finish(source)
                 staging.remove()
@@ -88,14 +90,15 @@ def _exists(dst: Path) -> ConvertError:
 
 
 def _write_error(dst: Path, problem: OSError) -> ConvertError:
-    what = "disk full" if problem.errno in FULL_ERRNOS else "cannot write"
-    return ConvertError(
-        f"{problem.filename or dst}: {what} ({problem.strerror}); "
-        f"the work so far is kept in {staging_directory(dst)}, run again with --resume to continue"
-    )
+    what = f"disk full ({problem.strerror})" if problem.errno in FULL_ERRNOS else problem.strerror
+    staging = staging_directory(dst)
+    kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if staging.exists() else ""
+    return ConvertError(f"{problem.filename or dst}: {what}{kept}")
 
 
-def _begin(staging: Staging, plan: Plan, source: dict[str, str], resume: bool, force: bool) -> Journal | None:
+def _begin(
+    checkpoint: Checkpoint, plan: Plan, source: dict[str, str], staging: Staging, resume: bool, force: bool
+) -> Journal | None:
     """The journal to work on, new or continued; None when the pack is already complete."""
     journal = Journal.load(staging.journal) if resume else None
     if journal is not None and journal.digest is not None and _digest(staging.dst) == journal.digest:
@@ -111,15 +114,20 @@ def _begin(staging: Staging, plan: Plan, source: dict[str, str], resume: bool, f
             f"{staging.path}: an unfinished conversion is here; use --resume to continue it or --force to start over"
         )
     if resume and os.path.lexists(staging.dst):
-        differences = _differences(plan, staging.dst)
-        if not differences:
+        different = difference(checkpoint, plan, staging.dst)
+        if not different:
             return None
         if not force:
-            raise ConvertError(f"{staging.dst}: not what would be converted: {differences}; use --force to replace it")
+            raise ConvertError(f"{staging.dst}: not what would be converted: {different}; use --force to replace it")
     _check_destination(staging.dst, force)
-    check_space(staging.path, sum(plan.sizes.values()) + MANIFEST_BYTES)
+    check_space(staging.path, _room(sum(plan.sizes.values())))
     staging.start()
     return Journal.create(staging.journal, header | {"replace": force})
+
+
+def _room(pack_bytes: int) -> int:
+    """Bytes of disk that writing `pack_bytes` of files takes, with manifest and journal."""
+    return pack_bytes + pack_bytes // MANIFEST_SHARE + MANIFEST_BYTES
 
 
 def _check_destination(dst: Path, replace: bool) -> None:
@@ -146,35 +154,6 @@ def _digest(directory: Path) -> str | None:
         return read_manifest(directory).digest
     except PackError:
         return None
-
-
-def _differences(plan: Plan, dst: Path) -> str:
-    """What in the pack at `dst` differs from the plan, "" when nothing does. Weights are compared by size only."""
-    try:
-        found = Manifest.load(dst)
-    except PackError as problem:
-        return str(problem)
-    expected = vars(plan.manifest(dst, found.files))
-    for name, value in expected.items():
-        if getattr(found, name) != value:
-            return f"{name}: found {getattr(found, name)!r}, expected {value!r}"
-    if {name: entry.bytes for name, entry in found.files.items()} != plan.sizes:
-        return "its files have other names or sizes"
-    for name, data in _small_files(plan).items():
-        if found.files[name].sha256 != _entry(data()).sha256:
-            return f"{name} has other contents"
-    return ""
-
-
-def _small_files(plan: Plan) -> dict[str, Callable[[], bytes]]:
-    """Name -> contents of the configuration and the tokenizer files."""
-    return {CONFIG: lambda: plan.config_text} | {path.name: path.read_bytes for path in plan.copies}
-
-
-def _entry(data: bytes) -> FileEntry:
-    digest = FileDigest()
-    digest.update(data)
-    return digest.entry()
 
 
 @dataclass
@@ -204,7 +183,7 @@ class _Run:
         self._done, self._total = sum(sizes[name] for name in finished), sum(sizes.values())
         missing = [name for name in sizes if name not in finished]
         present = sum(path.stat().st_size for name in missing if (path := self.staging.pack / name).exists())
-        check_space(self.staging.path, self._total - self._done - present + MANIFEST_BYTES)
+        check_space(self.staging.path, _room(self._total - self._done) - present)
         for name in missing:
             entry = self._write(name)
             if entry.bytes != sizes[name]:
@@ -223,7 +202,7 @@ class _Run:
         with OutputFile(self.staging.pack / name, self._new_digest(name)) as file:
             if name == RESIDENT:
                 write_resident(self.checkpoint, self.plan, file, self._advance)
-            elif small := _small_files(self.plan).get(name):
+            elif small := self.plan.small_files().get(name):
                 file.write(small())
                 self._advance(file.digest.bytes)
             else:
@@ -236,7 +215,7 @@ class _Run:
     def _new_digest(self, name: str) -> FileDigest:
         if name == RESIDENT:
             return resident_digest()
-        return FileDigest() if name in _small_files(self.plan) else flash_digest(self.plan.record.stride)
+        return FileDigest() if name in self.plan.small_files() else flash_digest(self.plan.record.stride)
 
     def _advance(self, count: int) -> None:
         self._done += count

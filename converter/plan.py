@@ -5,7 +5,7 @@ Pure arithmetic on headers and the configuration: no weights are read, nothing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +64,10 @@ class Plan:
     @property
     def config_text(self) -> bytes:
         return canonical_json(self.model.config).encode()
+
+    def small_files(self) -> dict[str, Callable[[], bytes]]:
+        """Name -> contents of the configuration and of the tokenizer files."""
+        return {CONFIG: lambda: self.config_text} | {path.name: path.read_bytes for path in self.copies}
 
     @cached_property
     def record(self) -> Record:
