@@ -63,7 +63,7 @@ def tensor_parameters(name: str, shape: tuple[int, ...], resident_quant: Mapping
     """Parameters of a resident tensor: of a quantized matrix its weights, not its scales and biases."""
     base, _, kind = name.rpartition(".")
     quant = resident_quant.get(base)
-    if quant is None:
+    if quant is None or kind == "bias":
         return math.prod(shape)
     return math.prod(shape) * 32 // quant.bits if kind == "weight" else 0
 
