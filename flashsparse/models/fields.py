@@ -93,11 +93,12 @@ class Fields:
         return value
 
     def token_ids(self, field: str, default: int | None) -> int | list[int] | None:
-        value = self.get(field, default if field not in self.raw else None)  # null means that there is none
+        """A token id or a list of them. Null means that there is none, only a missing field takes the default."""
+        value: int | list[int] | None = self.get(field, default if field not in self.raw else None)
         items = value if isinstance(value, list) else [value]
         if value is not None and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
             self.malformed(field, value, "a token id or a list of them")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def finish(self, ignored: frozenset[str] = IGNORED) -> None:
         """Raises UnsupportedModelError for the first field left that may change the mathematics."""

@@ -70,10 +70,10 @@ class Node:
             self.fail(key, found, f"{expected!r}, the only one this version reads")
 
     def choice(self, key: str, allowed: Sequence[T]) -> T:
-        found = self.take(key)
+        found: T = self.take(key)
         if found not in allowed or isinstance(found, bool | float):
             self.fail(key, found, f"one of {', '.join(map(str, allowed))}")
-        return found  # type: ignore[no-any-return]
+        return found
 
     def boolean(self, key: str) -> bool:
         found = self.take(key)

@@ -1,6 +1,6 @@
 """Rotary frequencies as transformers computes them, for configurations in both of its forms.
 
-`python tests/reference/rope.py [OUT]` (needs torch and transformers) writes tests/unit/golden/rope.json, which the tests
+`python tests/reference/rope.py [OUT]` (needs torch and transformers) writes tests/unit/golden/rope.json, which tests
 compare with mlx-lm's rope given the normalized configuration.
 """
 
