@@ -17,7 +17,7 @@ import click
 
 # name -> (module that defines a click command of that name, short help)
 COMMANDS = {
-    "convert": ("flashsparse.cli.convert", "Convert a checkpoint into a pack."),
+    "convert": ("flashsparse.cli.convert", "Convert a checkpoint to a pack."),
     "chat": ("flashsparse.cli.chat", "Chat with a pack."),
     "generate": ("flashsparse.cli.generate", "Continue a prompt, once."),
     "info": ("flashsparse.cli.info", "Show what a pack holds."),
