@@ -233,17 +233,18 @@ class Engine:
         }
         if options.slots is not None and m.tier == "exact":
             needs["floor_slots"] = options.slots
-        budget = self._budget(options, needs)
-        return memory.make_plan(budget=budget, scratch=self._scratch_bytes(budget), **needs)
+        # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
+        least = memory.make_plan(budget=1 << 62, scratch=self._scratch_bytes(self._smallest_tile()), **needs)
+        budget = self._budget(options, least)
+        self._tile_bytes = self._tile_for(max(0, budget - least.floor))
+        return memory.make_plan(budget=budget, scratch=self._scratch_bytes(self._tile_bytes), **needs)
 
-    def _budget(self, options: _Options, needs: dict[str, Any]) -> int:
+    def _budget(self, options: _Options, least: MemoryPlan) -> int:
         """The budget asked for. With `slots` given, exactly what holds them."""
-        scratch = self._scratch_bytes(1 << 62)
-        everything = memory.make_plan(budget=1 << 62, scratch=scratch, **needs)
         if options.slots is not None:
-            return everything.floor
+            return least.floor
         if options.dram is None:
-            return memory.default_budget(everything.needs_all, self.runtime_bytes)
+            return memory.default_budget(least.needs_all, self.runtime_bytes)
         if isinstance(options.dram, int):
             return options.dram
         return memory.parse_size(options.dram, memory.machine_memory())
@@ -254,22 +255,26 @@ class Engine:
 
         return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self._files)
 
-    def _tile_bytes(self, budget: int) -> int:
+    def _smallest_tile(self) -> int:
         layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
-        smallest = max(MIN_TILE_BYTES, 4 * self._slot_bytes())
-        return min(MAX_TILE_BYTES, layer, max(smallest, budget // 64))
+        return min(layer, max(MIN_TILE_BYTES, 4 * self._slot_bytes()))
+
+    def _tile_for(self, spare: int) -> int:
+        """Tiles grow with what the floor leaves over; two of them take an eighth of it at most."""
+        layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
+        return max(self._smallest_tile(), min(MAX_TILE_BYTES, layer, spare // 16))
 
     def _hidden_floats(self) -> int:
         return max(self.manifest.prefill_chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
 
-    def _scratch_bytes(self, budget: int) -> int:
+    def _scratch_bytes(self, tile_bytes: int) -> int:
         """An upper bound of what one step allocates beside weights, KV cache and slots."""
         m = self.manifest
         width = max(m.hidden_size, m.heads * m.head_dim)
         floats = self._hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
         if m.tier == "exact":
             floats += m.prefill_chunk * m.intermediate_size
-        return 4 * floats + 2 * (self._tile_bytes(budget) + 32768)
+        return 4 * floats + 2 * (tile_bytes + 2 * 16384)
 
     def _build(self) -> Decoder:
         import importlib
@@ -296,7 +301,7 @@ class Engine:
         from flashsparse.weights import Buffer
 
         m = self.manifest
-        nbytes = self._tile_bytes(self.plan.budget)
+        nbytes = self._tile_bytes
         return Scratch(
             scores=np.empty((m.prefill_chunk, m.intermediate_size), np.float32) if m.tier == "exact" else None,
             hidden=np.empty(self._hidden_floats(), np.float32),

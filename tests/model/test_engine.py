@@ -37,9 +37,10 @@ def test_output_is_the_same_bits_for_every_budget_thread_count_and_read_mode(
     path = make_pack(tmp_path, bits=bits, tier=tier)
     expected = run(path, slots=512, threads=1, io_threads=1, read_mode="buffered")
     assert np.isfinite(expected).all()
-    for slots, threads, mode in itertools.product((1, 17, 64, 300), (1, 2, 3), ("direct", "buffered")):
+    for (slots, threads), mode in itertools.product(((17, 3), (64, 2), (300, 1)), ("direct", "buffered")):
         found = run(path, slots=slots, threads=threads, io_threads=4, read_mode=mode)
         assert np.array_equal(expected, found), (slots, threads, mode)
+    assert np.array_equal(expected, run(path, slots=1))
 
 
 def test_order_of_completions_and_state_of_the_cache_do_not_change_the_output(
@@ -234,7 +235,8 @@ def test_a_conversation_that_outgrows_its_cache_stops_and_keeps_what_it_has(pack
 
 @pytest.mark.parametrize("bits,tier", [(16, "exact"), (4, "exact"), (8, "dense")])
 def test_native_kernels_agree_with_plain_mlx_operators(tmp_path: Path, bits: int, tier: str) -> None:
-    path = make_pack(tmp_path, bits=bits, tier=tier)
+    # A float32 source has a float32 KV cache: a 16-bit one rounds last-bit differences up to its own step.
+    path = make_pack(tmp_path, bits=bits, tier=tier, dtype="F32")
     native, reference = run(path, slots=64, kernels="native"), run(path, slots=64, kernels="reference")
     assert np.abs(native - reference).max() <= 1e-4 * np.abs(reference).max()
 
