@@ -97,8 +97,8 @@ class Checkpoint:
                 got = file.readinto(out[done:])
                 if not got:
                     raise CheckpointError(
-                        f"{tensor.path}: tensor {tensor.info.name!r}: the file ends at byte {position + done}, "
-                        f"expected {len(out) - done} more; it changed while it was converted"
+                        f"{tensor.path}: tensor {tensor.info.name!r}: the file ends before byte {position + done}, "
+                        f"expected {len(out) - done} more bytes; it changed while it was converted"
                     )
                 done += got
         except OSError as problem:

@@ -221,7 +221,7 @@ def test_quantized(single: Path) -> None:
 def test_silu_is_not_exact(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "silu", activation="silu")
     assert plan(path).tier == "dense"  # type: ignore[attr-defined]
-    with pytest.raises(UnsupportedModelError, match="exact zeros.*silu.*--tier dense"):
+    with pytest.raises(UnsupportedModelError, match=r"exact zeros.*silu.*--tier dense"):
         plan(path, tier="exact")
     assert plan(path, activation="relu").tier == "exact"  # type: ignore[attr-defined]
 
@@ -257,13 +257,13 @@ def test_options(single: Path, options: dict[str, object]) -> None:
 
 
 def test_group_size_must_divide(single: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="128 does not divide hidden_size.*--group-size 32 or 64"):
+    with pytest.raises(UsageError, match=r"128 does not divide hidden_size.*--group-size 32 or 64"):
         plan(single, bits=4, group_size=128)
     odd = write_checkpoint(tmp_path / "odd", hidden=48)
     with pytest.raises(UsageError, match="--bits 16"):
         plan(odd, bits=4)
     narrow_heads = write_checkpoint(tmp_path / "narrow", head_dim=24)
-    with pytest.raises(UsageError, match="o_proj.*--group-size 32"):
+    with pytest.raises(UsageError, match=r"o_proj.*--group-size 32"):
         plan(narrow_heads, bits=8)
 
 
@@ -296,6 +296,6 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError("Name or service\nnot known " * 50)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    with pytest.raises(SourceUnavailableError, match="owner/name.*cannot be downloaded") as caught:
+    with pytest.raises(SourceUnavailableError, match=r"owner/name.*cannot be downloaded") as caught:
         find_source("owner/name")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400

@@ -32,7 +32,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_one_object_per_line(tmp_path: Path) -> None:
     journal = written(tmp_path / "journal.jsonl")
     lines = journal.path.read_text().splitlines()
-    assert [*map(json.loads, lines)][0]["options"] == {"bits": 16}
+    assert json.loads(lines[0])["options"] == {"bits": 16}
     assert len(lines) == 4
 
 
