@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from contextlib import ExitStack
-from importlib import resources
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +57,11 @@ def demo_pack() -> Path:
     """The embedded model as a pack in the cache directory, converted on first use."""
     import flashsparse
 
-    source = resources.files("flashsparse") / "demo_model"
+    source = files("flashsparse") / "demo_model"
     if not source.joinpath("config.json").is_file():
         raise FlashSparseError("the demo model is missing from this installation: install FlashSparse again")
     with ExitStack() as stack:
-        folder = stack.enter_context(resources.as_file(source))
+        folder = stack.enter_context(as_file(source))
         target = cache_dir() / "demo" / f"{flashsparse.__version__}-{_digest(folder)}"
         return convert_once(folder, target)
 

@@ -1,0 +1,220 @@
+"""Commands on whole tiny models, as a user runs them: subprocesses, real packs, exit codes, standard streams."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flashsparse.cli import demo
+from tests.vector_files import read
+
+CASE = "llama-wide-relu"
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 ."  # 64, one per token
+TEMPLATE = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}.{% endfor %}"
+JSON_KEYS = {
+    "text",
+    "tokens",
+    "prompt_tokens",
+    "generation_tokens",
+    "prompt_tps",
+    "generation_tps",
+    "time_to_first_token_s",
+    "load_s",
+    "peak_memory_bytes",
+    "runtime_bytes",
+    "budget_bytes",
+    "flash_bytes",
+    "flash_reads",
+    "flash_bytes_per_token",
+    "hit_rate",
+    "io_wait_s",
+    "tier",
+}
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """`flashsparse ARGS` with a home, cache and state directory of its own."""
+    environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_STATE_HOME": str(tmp_path / "state")}
+
+    def call(*args: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "flashsparse", *map(str, args)]
+        return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=300)
+
+    return call
+
+
+def add_tokenizer(folder: Path, template: str | None = None) -> None:
+    """A tokenizer of one token per letter, as tokenizer.json and tokenizer_config.json."""
+    from tokenizers import Tokenizer, decoders, models
+
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(LETTERS)}, merges=[]))
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    if template:
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("checkpoint") / "model"
+    shutil.copytree(read(CASE).folder, folder)
+    add_tokenizer(folder, TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from converter import convert
+
+    return convert(checkpoint, tmp_path_factory.mktemp("packs") / "model")
+
+
+@pytest.fixture(scope="session")
+def bare_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pack without a tokenizer."""
+    from converter import convert
+
+    return convert(read(CASE).folder, tmp_path_factory.mktemp("packs") / "bare")
+
+
+def test_generate_json(run: Run, bare_pack: Path) -> None:
+    vector = read(CASE)
+    prompt = " ".join(map(str, vector.prompt))
+    done = run("generate", bare_pack, "-p", prompt, "-n", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert set(result) >= JSON_KEYS
+    assert result["tokens"] == vector.greedy[:20].tolist()
+    assert (result["prompt_tokens"], result["generation_tokens"], result["tier"]) == (64, 20, "exact")
+    assert result["flash_bytes"] > 0
+    assert result["flash_reads"] > 0
+    assert result["peak_memory_bytes"] - result["runtime_bytes"] <= result["budget_bytes"]
+    assert result["finish_reason"] == "length"
+
+
+def test_generate_reads_standard_input_and_streams_text(run: Run, pack: Path) -> None:
+    piped = run("generate", pack, "-p", "-", "-n", "12", text="hello")
+    given = run("generate", pack, "-p", "hello", "-n", "12")
+    assert piped.returncode == given.returncode == 0, piped.stderr + given.stderr
+    assert piped.stdout == given.stdout
+    assert len(piped.stdout) == 13
+    assert set(piped.stdout[:-1]) <= set(LETTERS)
+
+
+def test_a_seed_repeats_and_another_differs(run: Run, pack: Path) -> None:
+    args = ("generate", pack, "-p", "hello", "-n", "24", "--temp", "1", "--seed")
+    first, again, other = (run(*args, seed).stdout for seed in ("5", "5", "6"))
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("args", "status", "message"),
+    [
+        (["-p", ""], 2, "the prompt is empty"),
+        (["-p", "a", "--dram", "lots"], 2, "size 'lots' is not understood"),
+        (["-p", "a", "--dram", "1kB"], 1, ""),
+        (["-p", "a" * 300, "--max-kv-size", "64"], 1, "--max-kv-size"),
+    ],
+    ids=["empty", "size", "budget", "context"],
+)
+def test_generate_errors_are_one_line(run: Run, pack: Path, args: list[str], status: int, message: str) -> None:
+    done = run("generate", pack, *args)
+    assert done.returncode == status
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("flashsparse: ")
+    assert message in last
+    assert "Traceback" not in done.stderr
+
+
+def test_prompts_without_a_tokenizer_are_ids(run: Run, bare_pack: Path) -> None:
+    done = run("generate", bare_pack, "-p", "once upon")
+    assert done.returncode == 2
+    assert "no tokenizer" in done.stderr
+
+
+def test_a_damaged_manifest_is_one_line(run: Run, pack: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(pack, broken)
+    text = (broken / "pack.json").read_text()
+    (broken / "pack.json").write_text(text.replace('"version": 1', '"version": 99'))
+    done = run("generate", broken, "-p", "a")
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_checkpoint_is_converted_once_into_the_cache(run: Run, checkpoint: Path, tmp_path: Path) -> None:
+    args = ("generate", checkpoint, "-p", "hello", "-n", "4")
+    refused = run(*args)
+    assert refused.returncode == 2
+    assert "flashsparse convert" in refused.stderr
+    first = run(*args, "--yes")
+    assert first.returncode == 0, first.stderr
+    assert "converting" in first.stderr
+    again = run(*args)
+    assert again.returncode == 0
+    assert "converting" not in again.stderr
+    assert first.stdout == again.stdout
+    assert len(list((tmp_path / "cache" / "flashsparse" / "packs").glob("*/pack.json"))) == 1
+
+
+def test_chat_with_a_template(run: Run, pack: Path, tmp_path: Path) -> None:
+    save = tmp_path / "talk"
+    lines = f"hello\n/set temp 0\nagain\n/show\n/save {save}\n/bye\n"
+    done = run("chat", pack, "-n", "5", "--seed", "1", "--system-prompt", "Be kind", "--stats", text=lines)
+    assert done.returncode == 0, done.stderr
+    replies = done.stdout.splitlines()[:2]
+    assert [len(reply) for reply in replies] == [5, 5]
+    assert "system: Be kind" in done.stdout
+    assert done.stderr.count("tok/s") >= 2
+    turns = json.loads(save.with_name("talk.turns.json").read_text())
+    assert [m["role"] for m in turns["messages"]] == ["user", "assistant"] * 2
+    assert [m["content"] for m in turns["messages"][1::2]] == replies
+    loaded = run("chat", pack, "-n", "5", "--temp", "0", text=f"/load {save}\n/show\n")
+    held = next(line for line in done.stdout.splitlines() if line.startswith("conversation:"))
+    assert held in loaded.stdout
+
+
+def test_chat_without_a_template_continues_the_text(run: Run, bare_pack: Path) -> None:
+    done = run("chat", bare_pack, "-n", "3", "--temp", "0", text="1 2 3\n/clear\n1 2 3\n4\n")
+    assert done.returncode == 0, done.stderr
+    first, again, more = done.stdout.splitlines()
+    assert first == again
+    assert more != first
+
+
+def test_demo(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo command over a stand-in for the embedded model: converted once, one story, its figures."""
+    from click.testing import CliRunner
+
+    from flashsparse import cli
+
+    package = tmp_path / "package"
+    shutil.copytree(checkpoint, package / "demo_model")
+    monkeypatch.setattr(demo, "files", lambda _: package)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    args = ["demo", "-n", "16", "--dram", "64MB", "-p", "once"]
+    first = CliRunner().invoke(cli.cli, args, catch_exceptions=False)
+    again = CliRunner().invoke(cli.cli, args, catch_exceptions=False)
+    for result in (first, again):
+        assert result.exit_code == 0
+        for line in ("speed", "flash", "hit rate", "peak memory"):
+            assert f"\n{line} " in result.stdout
+    assert "converting" in first.stderr
+    assert "converting" not in again.stderr
+    (pack,) = (tmp_path / "cache" / "flashsparse" / "demo").glob("*/pack.json")
+    assert pack.is_file()
