@@ -2,9 +2,9 @@
 
     python -m bench.decode PACK --tokens TOKENS.json --prompt 16 --generate 32 --dram 7GB
 
-Feeds stored tokens, never the model's own output: random models fall into loops in which any cache looks perfect. Prints
-a table, then one JSON line. For a synthetic checkpoint's pack the measured density and persistence are compared with the
-asked profile; more than 10 % off voids the run (exit 1).
+Feeds stored tokens, never the model's own output: random models fall into loops in which any cache looks perfect.
+Prints a table, then one JSON line. For a synthetic checkpoint's pack the measured density and persistence are
+compared with the asked profile; more than 10 % off voids the run (exit 1).
 """
 
 from __future__ import annotations

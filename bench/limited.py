@@ -2,9 +2,9 @@
 
     python -m bench.limited WORK [--shape 7b] [--profile paper] [--convert-limit 1GB] [--run-limit 9GB]
 
-Generates a synthetic checkpoint, converts it under one control group, decodes a fixed token sequence under another and
-without a limit, and compares every logit of the two (by SHA-256). Steps already done in WORK are not repeated. Needs root
-for the limits, about twice the checkpoint's size of disk, and Linux. The last line is one JSON object.
+Generates a synthetic checkpoint, converts it under one control group, decodes a fixed token sequence under another
+and without a limit, and compares every logit of the two (by SHA-256). Steps already done in WORK are not repeated.
+Needs root for the limits, about twice the checkpoint's size of disk, and Linux. The last line is one JSON object.
 """
 
 from __future__ import annotations

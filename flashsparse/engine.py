@@ -317,9 +317,7 @@ class Engine:
         assert self._pool is not None and self._kernels is not None
         m, slots = self.manifest, self.plan.slots[index]
         header = m.flash_header(index)
-        flash = Flash(
-            self._files[index + 1], header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride
-        )
+        flash = Flash(self._files[index + 1], header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
         ffn = StreamedFFN(self._kernels, self._pool, flash, scratch, self.counters)
         ffn.down_bias = store.vector(family.DOWN.format(index) + ".bias")
         if m.tier == "exact":

@@ -1,10 +1,11 @@
 """The streamed FFN: what replaces a layer's FFN module, joining cache, flash and kernels.
 
-Owns the order of one evaluation: score, look up, read, compute hits, compute misses as they arrive, accumulate. It knows
-records and slots, never files' formats or cache policy.
+Owns the order of one evaluation: score, look up, read, compute hits, compute misses as they arrive, accumulate. It
+knows records and slots, never files' formats or cache policy.
 
-Results do not depend on budget, slots, arrival order, threads or read mode: a record's intermediate values are computed
-from that record alone, and the down projection adds over ascending neuron numbers, whatever the rounds or tiles.
+Results do not depend on budget, slots, arrival order, threads or read mode: a record's intermediate values are
+computed from that record alone, and the down projection adds over ascending neuron numbers, whatever the rounds or
+tiles.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashsparse.flash import FlashFile, ReadPool, read_range
+from flashsparse.flash import Batch, FlashFile, ReadPool, read_range
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class StreamedFFN:
         synchronous), and the table never hands out a slot of the current round.
         """
         assert self.table is not None and self.slab is not None
+        slab = self.slab.bytes
         hidden = self.scratch.hidden_for(x.shape[0], len(round_.ids))
         cols = np.arange(len(round_.ids), dtype=np.int32)
         missing = np.flatnonzero(round_.missing)
@@ -144,9 +146,7 @@ class StreamedFFN:
         self.counters.misses += len(missing)
 
         def compute(which: np.ndarray) -> None:
-            self.kernels.hidden(
-                self.slab.bytes, offsets[which], round_.ids[which], cols[which], x, activated, hidden
-            )
+            self.kernels.hidden(slab, offsets[which], round_.ids[which], cols[which], x, activated, hidden)
 
         if not len(missing):
             offsets = self._offsets(round_)
@@ -160,13 +160,13 @@ class StreamedFFN:
                 while len(done := self._take(batch)):
                     compute(missing[np.sort(done)])
         round_.commit()
-        self.kernels.down(self.slab.bytes, offsets, cols, hidden, y)
+        self.kernels.down(slab, offsets, cols, hidden, y)
 
     def _offsets(self, round_: Round) -> np.ndarray:
         assert self.table is not None
         return round_.slots.astype(np.int64) * self.slot_bytes + self.table.begin[round_.slots]
 
-    def _submit(self, round_: Round, missing: np.ndarray):  # noqa: ANN202
+    def _submit(self, round_: Round, missing: np.ndarray) -> Batch:
         assert self.table is not None and self.slab is not None
         slots = round_.slots[missing]
         begin, starts, lengths, needs = self._ranges(round_.ids[missing], 1)
@@ -188,7 +188,7 @@ class StreamedFFN:
         self.counters.flash_reads += len(lengths)
         self.counters.needed_bytes += records * self.flash.record_bytes
 
-    def _take(self, batch) -> np.ndarray:  # noqa: ANN001
+    def _take(self, batch: Batch) -> np.ndarray:
         began = time.perf_counter()
         done = batch.take()
         self.counters.io_wait_s += time.perf_counter() - began
@@ -201,21 +201,19 @@ class StreamedFFN:
             self.counters.active += len(ids)
             self.counters.candidates += self.flash.records
         runs = self._runs(ids, len(self.scratch.hidden) // x.shape[0])
-        pending = self._read_run(runs[0], 0) if runs else None
+        pending = [self._read_run(run, index) for index, run in enumerate(runs[:1])]
         try:
             for index, run in enumerate(runs):
-                batch, begin = pending
-                following = self._read_run(runs[index + 1], (index + 1) % 2) if index + 1 < len(runs) else None
-                pending = following
-                try:
-                    while len(self._take(batch)):
-                        pass
-                finally:
-                    batch.release()
+                if index + 1 < len(runs):
+                    pending.append(self._read_run(runs[index + 1], (index + 1) % 2))
+                batch, begin = pending[0]
+                while len(self._take(batch)):
+                    pass
                 self._compute_run(run, begin, index % 2, x, activated, y)
+                pending.pop(0)[0].release()
         finally:
-            if pending is not None:
-                pending[0].release()
+            for batch, _ in pending:
+                batch.release()
 
     def _runs(self, ids: np.ndarray, width: int) -> list[Run]:
         """Cut ascending ids into stretches that fit a tile and `width`, not reading gaps longer than GAP_BYTES."""
@@ -232,7 +230,7 @@ class StreamedFFN:
                 part = part[inside:]
         return runs
 
-    def _read_run(self, run: Run, tile: int):  # noqa: ANN202
+    def _read_run(self, run: Run, tile: int) -> tuple[Batch, int]:
         begin, starts, lengths, needs = self._ranges(np.array([run.first]), run.last - run.first)
         start, length, need = int(starts[0]), int(lengths[0]), int(needs[0])
         cuts = np.arange(0, length, READ_SPLIT, dtype=np.int64)

@@ -1,7 +1,7 @@
 """The KV cache of one conversation: fixed memory, the checkpoint's 16-bit type, one cache per layer.
 
-Owns keys and values and their position. mlx-lm's caches grow by concatenation and hold what MLX computes in; this one is
-allocated once, so that the memory plan is a promise. It has the part of their interface that mlx-lm's models use.
+Owns keys and values and their position. mlx-lm's caches grow by concatenation and hold what MLX computes in; this one
+is allocated once, so that the memory plan is a promise. It has the part of their interface that mlx-lm's models use.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One conversation: the KV cache, the tokens so far, the generation loop, saving and restoring.
 
-Owns feeding and sampling. mlx-lm's samplers choose tokens; the loop is our own because mlx-lm's computes one token ahead:
-a whole extra token of reads before the first is shown, and a KV cache ahead of what the user saw.
+Owns feeding and sampling. mlx-lm's samplers choose tokens; the loop is our own because mlx-lm's computes one token
+ahead: a whole extra token of reads before the first is shown, and a KV cache ahead of what the user saw.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Session:
         held = tensors["keys.0"].shape[1] if "keys.0" in tensors and len(tensors["keys.0"].shape) == 3 else -1
         if not 0 <= held <= self._caches[0].capacity or count not in (held, held + 1):
             raise SessionError(
-                f"{source}: {count} tokens and {held} positions, expected at most {self._caches[0].capacity} positions; "
+                f"{source}: {count} tokens and {held} positions, expected at most {self._caches[0].capacity}; "
                 "start with a larger --max-kv-size"
             )
         shape = (self._caches[0].keys.shape[0], held, self._caches[0].keys.shape[2])
@@ -302,4 +302,3 @@ def _sampler(temp: float, top_p: float, top_k: int, seed: int | None) -> Any:
         return int(choose(scores - mx.logsumexp(scores, axis=-1, keepdims=True)).item())
 
     return sample
-

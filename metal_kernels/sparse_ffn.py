@@ -1,6 +1,6 @@
 """The sparse FFN over a list of records, in plain MLX operators: the reference that faster kernels are compared with.
 
-Formulas: gated, h = act(gate · x) * (up · x + b_up); non-gated, h = act(up · x + b_up); y += sum over records of h * down.
+Gated, h = act(gate · x) * (up · x + b_up); non-gated, h = act(up · x + b_up); y += sum over records of h * down.
 Float32 throughout. Reading records and choosing slots are the caller's.
 """
 
@@ -17,7 +17,7 @@ def activate(scores: mx.array, activation: str, param: float | None) -> mx.array
         return mx.maximum(scores, 0)
     if activation == "relu2":
         return mx.square(mx.maximum(scores, 0))
-    if activation == "fatrelu":
+    if activation == "fatrelu" and param is not None:
         # ProSparse's FATReLU: values at the threshold or above pass, NaN passes too.
         return mx.where(scores < param, mx.zeros_like(scores), scores)
     raise ValueError(f"activation {activation!r} is not known")

@@ -3,8 +3,8 @@
 Owns the recipe: tokenizer, data mixture, optimizer, sparsity pressure, export as a Hugging Face directory with a model
 card. It leaves out everything about packs; `flashsparse convert` reads what this writes. Needs torch and transformers.
 
-The recipe: Muon on the matrices and AdamW on the rest; books first, stories at the end; a ProSparse-style L1 term on the
-FFN's intermediate values (arXiv 2402.13516, section 3.2) whose weight rises along a half cosine late in training.
+The recipe: Muon on the matrices and AdamW on the rest; books first, stories at the end; a ProSparse-style L1 term on
+the FFN's intermediate values (arXiv 2402.13516, section 3.2) whose weight rises along a half cosine late in training.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ class Pressure:
         for layer in model.model.layers:
             layer.mlp.forward = self._forward(layer.mlp)
 
-    def _forward(self, mlp: torch.nn.Module):  # noqa: ANN202
+    def _forward(self, mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
             hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
             self.terms.append(hidden.abs().mean())
@@ -182,7 +183,10 @@ class Muon(torch.optim.Optimizer):
         return x.mT if tall else x
 
 
-def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+Optimizers = list[torch.optim.Optimizer]
+
+
+def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> Optimizers:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
@@ -240,7 +244,11 @@ def sparsity(model: LlamaForCausalLM, tokenizer: Tokenizer, text: str, context: 
     hooks = []
     for index, layer in enumerate(model.model.layers):
         keep = zeros[index]
-        hooks.append(layer.mlp.act_fn.register_forward_hook(lambda m, i, o, keep=keep: keep.append((o == 0).float().mean().item())))
+        hooks.append(
+            layer.mlp.act_fn.register_forward_hook(
+                lambda m, i, o, keep=keep: keep.append((o == 0).float().mean().item())
+            )
+        )
     ids = torch.tensor(tokenizer.encode(text).ids)
     for start in range(0, len(ids) - context, context):
         model(input_ids=ids[None, start : start + context])
@@ -303,14 +311,14 @@ def train(recipe: Recipe, tokenizer: Tokenizer) -> tuple[LlamaForCausalLM, dict[
     return model.eval(), {"tokens": done, "minutes": round(elapsed / 60, 1), "steps": count}
 
 
-def save_state(recipe: Recipe, model, chosen, batches, counts: dict[str, float]) -> None:  # noqa: ANN001
+def save_state(recipe: Recipe, model: Any, chosen: Optimizers, batches: Batches, counts: dict[str, float]) -> None:
     blob = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in chosen], "counts": counts}
     blob["rng"] = json.dumps(batches.rng.bit_generator.state)
     torch.save(blob, recipe.work / "state.tmp")
     (recipe.work / "state.tmp").replace(recipe.work / "state.pt")
 
 
-def resume(recipe: Recipe, model, chosen, batches) -> dict[str, float]:  # noqa: ANN001
+def resume(recipe: Recipe, model: Any, chosen: Optimizers, batches: Batches) -> dict[str, Any]:
     path = recipe.work / "state.pt"
     if not path.exists():
         return {"tokens": 0, "seconds": 0.0, "steps": 0}
@@ -322,7 +330,7 @@ def resume(recipe: Recipe, model, chosen, batches) -> dict[str, float]:  # noqa:
     return blob["counts"]
 
 
-def export(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, report: dict[str, object]) -> None:
+def export(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, report: dict[str, Any]) -> None:
     """Write the Hugging Face directory: float16 weights, tokenizer, configurations, model card."""
     out = recipe.out
     out.mkdir(parents=True, exist_ok=True)
@@ -343,7 +351,15 @@ def export(recipe: Recipe, model: LlamaForCausalLM, tokenizer: Tokenizer, report
     (out / "README.md").write_text(card(recipe, report))
 
 
-def card(recipe: Recipe, report: dict[str, object]) -> str:
+def card(recipe: Recipe, report: dict[str, Any]) -> str:
+    shape = (
+        f"hidden {recipe.hidden_size}, FFN {recipe.intermediate_size}, {recipe.layers} layers, {recipe.heads} heads, "
+        f"{recipe.kv_heads} KV heads, vocabulary {recipe.vocab}, context {recipe.context}"
+    )
+    quality = (
+        f"{report['bits_per_byte']:.4f} bits per byte on {report['valid_bytes']:,} bytes of other books, "
+        f"windows of {recipe.context} tokens"
+    )
     layers = "\n".join(f"| {i} | {100 * s:.1f} % |" for i, s in enumerate(report["sparsity_per_layer"]))
     return f"""# FlashSparse demo model
 
@@ -353,9 +369,9 @@ books and short stories. It exists to show and test FlashSparse; it knows nothin
 | | |
 |---|---|
 | parameters | {report["parameters"]:,} (embeddings and head are one matrix) |
-| shape | hidden {recipe.hidden_size}, FFN {recipe.intermediate_size}, {recipe.layers} layers, {recipe.heads} heads, {recipe.kv_heads} KV heads, vocabulary {recipe.vocab}, context {recipe.context} |
+| shape | {shape} |
 | trained on | {report["tokens"]:,} tokens, {report["steps"]} steps, {report["minutes"]} minutes on CPU |
-| validation | {report["bits_per_byte"]:.4f} bits per byte on {report["valid_bytes"]:,} bytes of other books, windows of {recipe.context} tokens |
+| validation | {quality} |
 | mean sparsity | {100 * report["sparsity"]:.1f} % of gate outputs are exactly zero on that text |
 
 | layer | zero gate outputs |
@@ -384,7 +400,9 @@ def parse() -> Recipe:
         elif field.type == "bool":
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         else:
-            parser.add_argument(flag, type={"int": int, "float": float, "str": str}[field.type], default=field.default)
+            parser.add_argument(
+                flag, type={"int": int, "float": float, "str": str}[str(field.type)], default=field.default
+            )
     return Recipe(**vars(parser.parse_args()))
 
 

@@ -1,6 +1,7 @@
 """The native C++ kernels on the CPU, for one pack: translates weights and manifest into what the C interface takes.
 
-Owns the compute threads. Synchronous: when a call returns, its result is written and nothing reads its operands any more.
+Owns the compute threads. Synchronous: when a call returns, its result is written and nothing reads its operands any
+more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""OPT, in the style of mlx-lm's model files (mlx-lm has none): learned positions with offset 2, biases, both norm orders.
+"""OPT, in the style of mlx-lm's model files (mlx-lm has none): learned positions, biases, both norm orders.
 
 `do_layer_norm_before` False with `word_embed_proj_dim` smaller than the hidden size is the 350m variant. Source: the
 configuration and module names of transformers' OPT; the FFN (fc1, fc2) is always the streamed one.
