@@ -25,8 +25,8 @@ Ints = TypeVar("Ints", int, np.ndarray)
 class FlashFile:
     """`path` opened read-only. `.fd`, `.size` (bytes), `.direct`, `.sector` (1 when buffered).
 
-    mode "auto" and "direct" read directly where the filesystem allows it. Raises FlashReadError when it cannot be opened,
-    UsageError for an unknown mode.
+    Modes "auto" and "direct" read directly where the filesystem allows it. Raises FlashReadError when it cannot be
+    opened, UsageError for an unknown mode.
     """
 
     def __init__(self, path: str | os.PathLike[str], mode: str = "auto") -> None:
@@ -97,7 +97,7 @@ def probe_sector(fd: int) -> int:
 
 
 def read_range(file: FlashFile, offset: Ints, length: int) -> tuple[Ints, Ints]:
-    """(start, length) of the sectors that hold bytes offset..offset+length of the file; offsets may be an int64 array."""
+    """(start, length) of the sectors that hold `length` bytes at `offset` of the file; offset may be an int64 array."""
     sector = file.sector
     start = offset // sector * sector
     return start, -(-(offset + length) // sector) * sector - start

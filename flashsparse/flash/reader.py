@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -41,17 +40,10 @@ class ReadPool:
     def __init__(self, threads: int = 16) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        self.threads = threads
-        self._lock = threading.Lock()
-        self._handle = lib().fs_pool_create(threads)
-        if not self._handle:
+        self.threads, self.closed = threads, False
+        self.handle = lib().fs_pool_create(threads)
+        if not self.handle:
             raise NativeLibraryError(f"cannot start {threads} read threads")
-
-    @property
-    def handle(self) -> int:
-        if not self._handle:
-            raise ValueError("this read pool is closed")
-        return self._handle
 
     def submit(
         self,
@@ -67,6 +59,8 @@ class ReadPool:
         end of the file. The memory must stay until the batch is released. Raises ValueError for impossible requests,
         FlashReadError when a file is closed.
         """
+        if self.closed:
+            raise ValueError("this read pool is closed")
         n = len(offsets)
         each = [files] * n if isinstance(files, FlashFile) else list(files)
         reads = np.zeros(n, READ)
@@ -88,10 +82,13 @@ class ReadPool:
 
     def close(self) -> None:
         """Drop waiting reads, wait for those in flight, stop the threads. Later uses of its batches fail."""
-        with self._lock:
-            handle, self._handle = self._handle, None
-        if handle:
-            lib().fs_pool_destroy(handle)
+        self.closed = True
+        lib().fs_pool_stop(self.handle)
+
+    def __del__(self) -> None:
+        # Only here is nobody inside a call: batches keep their pool.
+        if getattr(self, "handle", None):
+            lib().fs_pool_destroy(self.handle)
 
     def __enter__(self) -> ReadPool:
         return self
@@ -122,9 +119,9 @@ class Batch:
         return len(self._reads)
 
     def take(self) -> np.ndarray:
-        """Wait for finished reads; their indices (int32), each returned once, in no particular order. Empty: all taken.
+        """Wait for finished reads; their indices (int32), each once, in no particular order. Empty: all are taken.
 
-        Raises FlashReadError naming file, offset and reason when a read failed; the others are finished or dropped then.
+        Raises FlashReadError naming file, offset and reason when a read failed; no other is in flight then.
         """
         if not self._open:
             raise ValueError("this batch is released")
@@ -133,7 +130,7 @@ class Batch:
         if count == FAILED:
             raise self._error()
         if count == UNKNOWN:
-            raise ValueError("this batch is gone: its pool was closed")
+            raise ValueError("this batch is gone: its read pool is closed")
         return done[:count]
 
     def wait(self) -> None:
@@ -155,8 +152,7 @@ class Batch:
         """Drop the reads nobody has begun and wait for those in flight; the memory is free afterwards. Idempotent."""
         if self._open:
             self._open = False
-            if self._pool._handle:
-                lib().fs_pool_release(self._pool.handle, self._id)
+            lib().fs_pool_release(self._pool.handle, self._id)
 
     def __enter__(self) -> Batch:
         return self

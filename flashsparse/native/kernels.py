@@ -81,7 +81,7 @@ class Matrix:
 
 
 class Record:
-    """The layout of a record: byte offsets of its fields (-1: absent), d values a vector. `param`: FATReLU's threshold."""
+    """The layout of a record: byte offsets of its fields (-1: absent), d values a vector. `param`: FATReLU's limit."""
 
     def __init__(
         self,
@@ -140,6 +140,11 @@ def _address(array: np.ndarray, dtype: type, shape: tuple[int, ...], name: str) 
     return array.ctypes.data
 
 
+def _check_below(numbers: np.ndarray, limit: int, name: str) -> None:
+    if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= limit):
+        raise ValueError(f"{name}: {int(numbers.min())}..{int(numbers.max())} are not all in 0..{limit - 1}")
+
+
 def linear(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
     """out[T, rows] = x[T, cols] · matrixᵀ + bias[rows]. A row's bits do not depend on T or on the threads."""
     tokens = len(x)
@@ -154,8 +159,7 @@ def gather(matrix: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
     n = len(ids)
     rows = _address(ids, np.int32, (n,), "ids")
     to = _address(out, np.float32, (n, matrix.cols), "out")
-    if n and not (0 <= int(ids.min()) and int(ids.max()) < matrix.rows):
-        raise ValueError(f"ids: {int(ids.min())}..{int(ids.max())} are not all rows of a matrix with {matrix.rows}")
+    _check_below(ids, matrix.rows, "ids")
     lib().fs_gather(matrix.reference, rows, n, to)
 
 
@@ -181,7 +185,8 @@ def attention(
 ) -> None:
     """Causal attention of q [T, H, hd], at positions offset.., over keys and values [KVH, capacity, hd].
 
-    kv_dtype: "F32", "F16" or "BF16" (as uint16). The cache must already hold positions 0..offset+T-1. A window > 0 is how many positions one sees, itself included.
+    kv_dtype: "F32", "F16" or "BF16" (as uint16). The cache must already hold positions 0..offset+T-1. A window > 0 is
+    how many positions one sees, itself included.
     """
     if q.ndim != 3 or keys.shape != values.shape:
         raise ValueError(f"q {q.shape}, keys {keys.shape}, values {values.shape}")
@@ -229,11 +234,8 @@ def _records(
     """Addresses of the slab, offsets and columns, and the number of records, all within their arrays."""
     n = len(offsets)
     base = _address(slab, np.uint8, slab.shape, "slab")
-    if n:
-        if int(offsets.min()) < 0 or int(offsets.max()) + record.bytes > slab.size:
-            raise ValueError(f"offsets: records of {record.bytes} bytes do not lie within the slab of {slab.size}")
-        if int(cols.min()) < 0 or int(cols.max()) >= hidden.shape[1]:
-            raise ValueError(f"cols: {int(cols.min())}..{int(cols.max())} are not all columns of hidden {hidden.shape}")
+    _check_below(cols, hidden.shape[1], "cols")
+    _check_below(offsets, slab.size - record.bytes + 1, f"offsets of records of {record.bytes} bytes in the slab")
     return base, _address(offsets, np.int64, (n,), "offsets"), _address(cols, np.int32, (n,), "cols"), n
 
 
@@ -248,10 +250,11 @@ def ffn_hidden(
     activated: np.ndarray | None,
     hidden: np.ndarray,
 ) -> None:
-    """hidden[T, width] gets, in column cols[j] (int32), the intermediate value of the record at slab[offsets[j]:] (int64).
+    """hidden[T, cols[j]] becomes the intermediate value of the record that begins at slab[offsets[j]].
 
-    x [T, d]. activated [T, I] holds the activated gates of all neurons, ids [n] (int32) says which are these; None:
-    gates are computed from the records. A gate of exactly zero gives zero, whatever the record holds.
+    cols [n] int32, offsets [n] int64, slab uint8, x [T, d]. activated [T, I] holds the activated gates of all neurons,
+    ids [n] (int32) says which are these; None: gates are computed from the records. A gate of exactly zero gives zero,
+    whatever the record holds.
     """
     tokens, width = hidden.shape
     base, starts, columns, n = _records(record, slab, offsets, cols, hidden)
@@ -262,8 +265,7 @@ def ffn_hidden(
     if activated is not None:
         neurons = activated.shape[1]
         gates = _address(activated, np.float32, (tokens, neurons), "activated")
-        if n and not (0 <= int(ids.min()) and int(ids.max()) < neurons):
-            raise ValueError(f"ids: {int(ids.min())}..{int(ids.max())} are not all below {neurons}")
+        _check_below(ids, neurons, "ids")
     elif not record.scores:
         raise ValueError("activated is needed: the record has no row to score with")
     lib().fs_ffn_hidden(
@@ -280,7 +282,7 @@ def ffn_down(
     hidden: np.ndarray,
     y: np.ndarray,
 ) -> None:
-    """y[T, d] += Σ_j hidden[T, cols[j]] · down_j, one addition after the other in the order given, exact zeros skipped."""
+    """y[T, d] += Σ_j hidden[T, cols[j]] · down_j, one addition after the other in the order given, zeros skipped."""
     tokens, width = hidden.shape
     base, starts, columns, n = _records(record, slab, offsets, cols, hidden)
     at = _address(hidden, np.float32, (tokens, width), "hidden")

@@ -7,6 +7,7 @@ import functools
 import sys
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from importlib import resources
+from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
@@ -18,7 +19,7 @@ REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps
 class CMatrix(ctypes.Structure):
     """fs_matrix."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("data", c_void_p),
         ("scales", c_void_p),
         ("biases", c_void_p),
@@ -34,7 +35,7 @@ class CMatrix(ctypes.Structure):
 class CRecord(ctypes.Structure):
     """fs_record."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("gate", c_int64),
         ("gate_bias", c_int64),
         ("up", c_int64),
@@ -53,10 +54,10 @@ class CRecord(ctypes.Structure):
 class CReadError(ctypes.Structure):
     """fs_read_error."""
 
-    _fields_ = [("index", c_int64), ("got", c_int64), ("error", c_int32), ("reserved", c_int32)]  # noqa: RUF012
+    _fields_ = [("index", c_int64), ("got", c_int64), ("error", c_int32), ("reserved", c_int32)]
 
 
-_FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_abi_version": (c_int32, []),
     "fs_isa": (c_char_p, []),
     "fs_set_isa": (c_int32, [c_char_p]),
@@ -79,6 +80,7 @@ _FUNCTIONS: dict[str, tuple[type | None, list[type]]] = {
         [c_void_p, POINTER(CRecord)] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64, c_int64, c_void_p],
     ),
     "fs_pool_create": (c_void_p, [c_int32]),
+    "fs_pool_stop": (None, [c_void_p]),
     "fs_pool_destroy": (None, [c_void_p]),
     "fs_pool_submit": (c_int64, [c_void_p, c_void_p, c_int64]),
     "fs_pool_take": (c_int64, [c_void_p, c_int64, c_void_p, c_int64]),

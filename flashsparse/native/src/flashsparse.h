@@ -88,10 +88,11 @@ typedef struct {
 } fs_read_error;
 
 FS_API fs_pool* fs_pool_create(int32_t threads);  // NULL when the threads cannot be started
-FS_API void fs_pool_destroy(fs_pool*);            // drops waiting reads, waits for those in flight
+FS_API void fs_pool_stop(fs_pool*);     // drops waiting reads, waits for those in flight; wakes whoever takes
+FS_API void fs_pool_destroy(fs_pool*);  // stops it; no call may be inside
 FS_API int64_t fs_pool_submit(fs_pool*, const fs_read*, int64_t n);  // batch > 0, or -errno
 // Blocks until a read of the batch is finished; writes at most max indices, returns how many. 0: all are taken.
-// -1: a read failed (no read of the batch is in flight any more). -2: no such batch.
+// -1: a read failed (no read of the batch is in flight any more). -2: no such batch, or the pool was stopped.
 FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max);
 FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1 and *out, or 0
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight

@@ -81,21 +81,20 @@ struct fs_pool {
     bool error(int64_t id, fs_read_error* out);
     void release(int64_t id);
     void counters(int64_t out[4]);
+    void stop();
 
   private:
     void work();
-    void stop();
     void drop_waiting(Batch& batch);
     void record(Batch& batch, int64_t index, const Outcome& outcome, int64_t nanoseconds);
     std::shared_ptr<Batch> find(int64_t id);
 
     std::mutex mutex_;
-    std::condition_variable work_, idle_;
+    std::condition_variable work_;
     std::deque<std::shared_ptr<Batch>> queue_;  // batches that have reads nobody has begun
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
     int64_t last_id_ = 0, reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
-    int visitors_ = 0;  // calls that wait inside; the pool outlives them
     bool stop_ = false;
 };
 
@@ -111,18 +110,19 @@ fs_pool::fs_pool(int threads) {
 fs_pool::~fs_pool() { stop(); }
 
 void fs_pool::stop() {
+    std::vector<std::thread> threads;
     {
-        std::unique_lock<std::mutex> lock(mutex_);
+        std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
+        threads.swap(threads_);
         queue_.clear();
         for (auto& [id, batch] : batches_) {
             batch->waiting = 0;
             batch->changed.notify_all();
         }
         work_.notify_all();
-        idle_.wait(lock, [&] { return visitors_ == 0; });
     }
-    for (auto& thread : threads_) thread.join();
+    for (auto& thread : threads) thread.join();
 }
 
 int64_t fs_pool::submit(const fs_read* reads, int64_t n) {
@@ -186,9 +186,7 @@ int64_t fs_pool::take(int64_t id, int32_t* done, int64_t max) {
     std::unique_lock<std::mutex> lock(mutex_);
     auto batch = find(id);
     if (!batch || stop_) return -2;
-    visitors_++;
     batch->changed.wait(lock, [&] { return !batch->done.empty() || batch->finished() || stop_; });
-    if (--visitors_ == 0) idle_.notify_all();
     if (stop_ || !find(id)) return -2;
     int64_t count = 0;
     for (; count < max && !batch->done.empty(); count++) {
@@ -209,13 +207,11 @@ bool fs_pool::error(int64_t id, fs_read_error* out) {
 void fs_pool::release(int64_t id) {
     std::unique_lock<std::mutex> lock(mutex_);
     auto batch = find(id);
-    if (!batch || stop_) return;
+    if (!batch) return;
     drop_waiting(*batch);
-    visitors_++;
     batch->changed.wait(lock, [&] { return batch->in_flight == 0; });
     batches_.erase(id);
     batch->changed.notify_all();
-    if (--visitors_ == 0) idle_.notify_all();
 }
 
 void fs_pool::counters(int64_t out[4]) {
@@ -233,6 +229,7 @@ fs_pool* fs_pool_create(int32_t threads) {
     }
 }
 
+void fs_pool_stop(fs_pool* pool) { pool->stop(); }
 void fs_pool_destroy(fs_pool* pool) { delete pool; }
 
 int64_t fs_pool_submit(fs_pool* pool, const fs_read* reads, int64_t n) {
