@@ -84,17 +84,20 @@ def load_fixture(directory: str | Path) -> Fixture:
 
 
 def walk(steps: int, size: int, memory: float, rng: np.random.Generator) -> Floats:
-    """Unit vectors [steps, size] whose cosine k steps apart is `memory**k`, exactly so for k up to 8 (size > 8)."""
-    out = np.empty((steps, size), np.float32)
-    for step in range(steps):
-        past = out[max(0, step - 8) : step]
+    """Unit vectors [steps, size] whose cosine k steps apart is `memory**k`, exactly so for k up to 8 (and size / 2)."""
+    back = min(8, size // 2)
+    out = np.empty((steps, size), np.float64)
+    out[0] = rng.standard_normal(size)
+    out[0] /= np.linalg.norm(out[0])
+    lags = np.abs(np.subtract.outer(np.arange(back), np.arange(back)))
+    cosines = memory ** lags.astype(np.float64)
+    for step in range(1, steps):
+        past = out[max(0, step - back) : step]
         fresh = rng.standard_normal(size)
-        if step:
-            basis = np.linalg.qr(past.T.astype(np.float64))[0]
-            fresh -= basis @ (basis.T @ fresh)
+        fresh -= np.linalg.solve(cosines[: len(past), : len(past)], past @ fresh) @ past  # orthogonal to the past
         fresh /= np.linalg.norm(fresh)
-        out[step] = memory * out[step - 1] + np.sqrt(1 - memory**2) * fresh if step else fresh
-    return out
+        out[step] = memory * out[step - 1] + np.sqrt(1 - memory**2) * fresh
+    return out.astype(np.float32)
 
 
 def drive(steps: int, size: int, profile: Profile, rng: np.random.Generator) -> Floats:
@@ -164,8 +167,8 @@ class Planter:
     def embed(self, latent: Floats, other: Floats) -> Floats:
         """Embeddings [n, d] of mean square 1 for latents [n, r] and any vectors [n, d]."""
         other = other - (other @ self.space.T) @ self.space
-        other /= np.linalg.norm(other, axis=1, keepdims=True)
-        rest = np.float32(np.sqrt(1 - _LATENT**2 - _CONSTANT**2))
+        other /= np.linalg.norm(other, axis=1, keepdims=True).astype(np.float32)
+        rest = np.float32((1 - _LATENT**2 - _CONSTANT**2) ** 0.5)
         planted = np.float32(_LATENT) * (latent @ self.space[:-1]) + np.float32(_CONSTANT) * self.space[-1]
         return np.float32(np.sqrt(self.shape.hidden)) * (planted + rest * other)
 

@@ -132,8 +132,6 @@ class SlotTable:
 
     def _rounds(self, ids: Ints) -> Iterator[Round]:
         for start in range(0, len(ids), self.slots):
-            if self._open is not None:
-                raise RuntimeError("another request of this layer began before this one was over")
             this = self._start(ids[start : start + self.slots])
             try:
                 yield this
@@ -143,6 +141,8 @@ class SlotTable:
                     self._open = None
 
     def _start(self, ids: Ints) -> Round:
+        if self._open is not None:
+            raise RuntimeError("another request of this layer began before this one was over")
         slots = self._slot_of[ids]
         missing = slots < 0
         count = int(np.count_nonzero(missing))
