@@ -43,7 +43,7 @@ def demo(prompt: str, **values: Any) -> None:
     pack = demo_pack()
     size = sum(file.stat().st_size for file in pack.glob("*.safetensors"))
     values["dram"] = values["dram"] or str(int(BUDGET_SHARE * size))
-    values["max_kv_size"] = values["max_kv_size"] or CONTEXT
+    values["max_kv_size"] = values["max_kv_size"] or min(CONTEXT, _context_limit(pack))
     memory, sampling = split(values)
     with open_engine(pack, memory, err=False) as engine:
         tell(engine, prompt, vars(sampling), size)
@@ -64,6 +64,12 @@ def demo_pack() -> Path:
         folder = stack.enter_context(as_file(source))
         target = cache_dir() / "demo" / f"{flashsparse.__version__}-{_digest(folder)}"
         return convert_once(folder, target)
+
+
+def _context_limit(pack: Path) -> int:
+    from flashsparse.pack.manifest import Manifest
+
+    return int(Manifest.load(pack).config["max_position_embeddings"])
 
 
 def _digest(folder: Path) -> str:

@@ -1,9 +1,9 @@
-"""Commands on whole tiny models, as a user runs them: subprocesses, real packs, exit codes, standard streams."""
+"""Commands on whole tiny models, as a user runs them: real packs, exit codes, standard streams."""
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from flashsparse import cli
 from flashsparse.cli import demo
 from tests.vector_files import read
 
@@ -43,14 +44,24 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """`flashsparse ARGS` with a home, cache and state directory of its own."""
-    environment = {**os.environ, "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_STATE_HOME": str(tmp_path / "state")}
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A home, cache and state directory of the test's own; no network."""
+    for name, folder in (("HOME", "home"), ("XDG_CACHE_HOME", "cache"), ("XDG_STATE_HOME", "state")):
+        monkeypatch.setenv(name, str(tmp_path / folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def run(home: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """`flashsparse ARGS` in this process, which has MLX loaded already."""
 
     def call(*args: str | Path, text: str = "") -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "flashsparse", *map(str, args)]
-        return subprocess.run(command, input=text, capture_output=True, text=True, env=environment, timeout=300)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(arg) for arg in args])
+        output = capfd.readouterr()
+        return subprocess.CompletedProcess(args, int(left.value.code or 0), output.out, output.err)
 
     return call
 
@@ -92,10 +103,11 @@ def bare_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return convert(read(CASE).folder, tmp_path_factory.mktemp("packs") / "bare")
 
 
-def test_generate_json(run: Run, bare_pack: Path) -> None:
+def test_generate_json_from_a_process_of_its_own(home: None, bare_pack: Path) -> None:
     vector = read(CASE)
     prompt = " ".join(map(str, vector.prompt))
-    done = run("generate", bare_pack, "-p", prompt, "-n", "20", "--json")
+    command = [sys.executable, "-m", "flashsparse", "generate", str(bare_pack), "-p", prompt, "-n", "20", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result) >= JSON_KEYS
@@ -197,24 +209,17 @@ def test_chat_without_a_template_continues_the_text(run: Run, bare_pack: Path) -
     assert more != first
 
 
-def test_demo(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The demo command over a stand-in for the embedded model: converted once, one story, its figures."""
-    from click.testing import CliRunner
-
-    from flashsparse import cli
-
     package = tmp_path / "package"
     shutil.copytree(checkpoint, package / "demo_model")
     monkeypatch.setattr(demo, "files", lambda _: package)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    args = ["demo", "-n", "16", "--dram", "64MB", "-p", "once"]
-    first = CliRunner().invoke(cli.cli, args, catch_exceptions=False)
-    again = CliRunner().invoke(cli.cli, args, catch_exceptions=False)
+    args = ("demo", "-n", "16", "--dram", "64MB", "-p", "once")
+    first, again = run(*args), run(*args)
     for result in (first, again):
-        assert result.exit_code == 0
+        assert result.returncode == 0, result.stderr
         for line in ("speed", "flash", "hit rate", "peak memory"):
             assert f"\n{line} " in result.stdout
     assert "converting" in first.stderr
     assert "converting" not in again.stderr
-    (pack,) = (tmp_path / "cache" / "flashsparse" / "demo").glob("*/pack.json")
-    assert pack.is_file()
+    assert len(list((tmp_path / "cache" / "flashsparse" / "demo").glob("*/pack.json"))) == 1
