@@ -132,9 +132,12 @@ def main() -> None:
     assert in_child(lambda: scenario.run(0)) == 0
     check_same(scenario.dst, scenario.expected)
     steps = int((work / "steps").read_text())
-    for last in range(1, steps + 1):
+    # Without an exchange only the end differs; quantizing children start slowly, and their steps are the same.
+    first = steps - 25 if name == "no-swap" else 1
+    chosen = range(first, steps + 1, 1 if bits == 16 else 6)
+    for last in chosen:
         scenario.kill_and_resume(last)
-    print(steps)
+    print(len(chosen))
 
 
 if __name__ == "__main__":
