@@ -166,7 +166,7 @@ class Planter:
 
     def embed(self, latent: Floats, other: Floats) -> Floats:
         """Embeddings [n, d] of mean square 1 for latents [n, r] and any vectors [n, d]."""
-        other = other - (other @ self.space.T) @ self.space
+        other = other - np.matmul(np.matmul(other, self.space.T), self.space)
         other /= np.linalg.norm(other, axis=1, keepdims=True).astype(np.float32)
         rest = np.float32((1 - _LATENT**2 - _CONSTANT**2) ** 0.5)
         planted = np.float32(_LATENT) * (latent @ self.space[:-1]) + np.float32(_CONSTANT) * self.space[-1]
