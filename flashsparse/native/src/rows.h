@@ -22,7 +22,7 @@ struct RowF16 {
     const uint16_t* p;
     void group(int64_t) {}
     V at(int64_t i) const { return load_f16(p + i); }
-    float one(int64_t i) const { return f16_to_f32(p[i]); }
+    float one(int64_t i) const { return decode_f16(p[i]); }
     static int64_t bytes(int64_t i) { return i * 2; }
 };
 
@@ -37,17 +37,17 @@ struct RowBF16 {
 inline float float_at(const uint8_t* p, int32_t dtype, int64_t i) {
     if (dtype == FS_F32) return ((const float*)p)[i];
     uint16_t value = ((const uint16_t*)p)[i];
-    return dtype == FS_F16 ? f16_to_f32(value) : bf16_to_f32(value);
+    return dtype == FS_F16 ? decode_f16(value) : bf16_to_f32(value);
 }
 
 template <int bits>
 struct RowQ {
     const uint8_t *p, *scales, *biases;
-    int32_t scale_dtype, group_size;
+    int32_t scale_dtype;
     V scale, bias;
-    void group(int64_t i) {
-        scale = all(float_at(scales, scale_dtype, i / group_size));
-        bias = all(float_at(biases, scale_dtype, i / group_size));
+    void group(int64_t g) {
+        scale = all(float_at(scales, scale_dtype, g));
+        bias = all(float_at(biases, scale_dtype, g));
     }
     V at(int64_t i) const { return madd(bits == 8 ? load_u8(p + i) : load_u4(p + i / 2), scale, bias); }
     float one(int64_t) const { return 0.0f; }  // a quantized row is a whole number of groups: never asked
@@ -63,7 +63,7 @@ inline void bind(RowF16& row, const Format&, const void* data, const void*, cons
 inline void bind(RowBF16& row, const Format&, const void* data, const void*, const void*) { row.p = (const uint16_t*)data; }
 template <int bits>
 inline void bind(RowQ<bits>& row, const Format& f, const void* data, const void* scales, const void* biases) {
-    row = {(const uint8_t*)data, (const uint8_t*)scales, (const uint8_t*)biases, f.scale_dtype, f.group, zero(), zero()};
+    row = {(const uint8_t*)data, (const uint8_t*)scales, (const uint8_t*)biases, f.scale_dtype, zero(), zero()};
 }
 
 // The vector of a record's field: words, scales and biases back to back.
@@ -98,8 +98,8 @@ inline void dots(const Row* source, const float* const* x, int64_t n, int64_t st
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sums[r][c][0] = sums[r][c][1] = zero();
     int64_t whole = n / 16 * 16;
-    for (int64_t i = 0; i < whole; i += step) {
-        for (int r = 0; r < R; r++) rows[r].group(i);
+    for (int64_t i = 0, g = 0; i < whole; i += step, g++) {
+        for (int r = 0; r < R; r++) rows[r].group(g);
         int64_t end = i + step < whole ? i + step : whole;
         for (int64_t k = i; k < end; k += 16) {
             if (ahead)
@@ -138,8 +138,8 @@ inline void weighted(const Row* source, const float* weights, int64_t n, int64_t
     V factor[R];
     for (int r = 0; r < R; r++) rows[r] = source[r], factor[r] = all(weights[r]);
     int64_t whole = n / 8 * 8;
-    for (int64_t i = 0; i < whole; i += step) {
-        for (int r = 0; r < R; r++) rows[r].group(i);
+    for (int64_t i = 0, g = 0; i < whole; i += step, g++) {
+        for (int r = 0; r < R; r++) rows[r].group(g);
         int64_t end = i + step < whole ? i + step : whole;
         for (int64_t k = i; k < end; k += 8) {
             V total = load(y + k);
@@ -164,8 +164,8 @@ inline void weighted_many(const Row* rows, const float* weights, int count, int6
 template <class Row>
 inline void decode_row(Row row, int64_t n, int64_t step, float* out) {
     int64_t whole = n / 8 * 8;
-    for (int64_t i = 0; i < whole; i += step) {
-        row.group(i);
+    for (int64_t i = 0, g = 0; i < whole; i += step, g++) {
+        row.group(g);
         int64_t end = i + step < whole ? i + step : whole;
         for (int64_t k = i; k < end; k += 8) store(out + k, row.at(k));
     }

@@ -1,12 +1,14 @@
 // Eight float32 lanes: AVX2 with FMA and F16C, or the compiler's vectors (SSE2, NEON, anything else).
 // Both variants of a kernel share its source, so a kernel's order of operations is written once. `madd` is a product and
-// a sum: one rounding with AVX2, two in the portable variant, and always the same within a variant.
+// a sum: one rounding with AVX2 and NEON, two elsewhere, and always the same within a variant.
 #pragma once
 
 #include "numbers.h"
 
 #if defined(FS_AVX2)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -34,6 +36,7 @@ inline V scale_by_power(V v, V biased) {
 
 inline void store_f16(uint16_t* p, V v) { _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)); }
 
+inline float decode_f16(uint16_t h) { return _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(h))); }
 inline V load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
 
 inline V load_bf16(const uint16_t* p) {
@@ -57,6 +60,19 @@ typedef float V __attribute__((vector_size(32)));
 typedef uint32_t U __attribute__((vector_size(32)));
 typedef int32_t I __attribute__((vector_size(32)));
 
+inline U as_bits(V v) {
+    U bits;
+    memcpy(&bits, &v, 32);
+    return bits;
+}
+
+inline V as_floats(U bits) {
+    V v;
+    memcpy(&v, &bits, 32);
+    return v;
+}
+
+inline U all_bits(uint32_t b) { return U{b, b, b, b, b, b, b, b}; }
 inline V all(float value) { return V{value, value, value, value, value, value, value, value}; }
 inline V zero() { return all(0.0f); }
 
@@ -69,44 +85,52 @@ inline V load(const float* p) {
 inline void store(float* p, V v) { memcpy(p, &v, 32); }
 inline V add(V a, V b) { return a + b; }
 inline V mul(V a, V b) { return a * b; }
+
+#if defined(__aarch64__)
+inline V madd(V a, V b, V c) {
+    float32x4_t x[2], y[2], z[2];
+    memcpy(x, &a, 32), memcpy(y, &b, 32), memcpy(z, &c, 32);
+    for (int i = 0; i < 2; i++) z[i] = vfmaq_f32(z[i], x[i], y[i]);
+    memcpy(&c, z, 32);
+    return c;
+}
+inline float madd(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+#else
 inline V madd(V a, V b, V c) { return a * b + c; }
 inline float madd(float a, float b, float c) { return a * b + c; }
+#endif
 
 inline V maximum(V floor, V v) { return v < floor ? floor : v; }  // NaN in v stays NaN
 
 // v times 2^n, n held in the low bits of `biased` (a float of 1.5 * 2^23 + n).
 inline V scale_by_power(V v, V biased) {
-    U bits, n;
-    memcpy(&bits, &v, 32);
-    memcpy(&n, &biased, 32);
-    bits += n << 23;
-    memcpy(&v, &bits, 32);
-    return v;
+    return as_floats(as_bits(v) + (as_bits(biased) << 23));
 }
 
 inline void store_f16(uint16_t* p, V v) {
     for (int i = 0; i < 8; i++) p[i] = f32_to_f16(v[i]);
 }
 
+inline float decode_f16(uint16_t h) { return f16_to_f32(h); }
 inline V load_f16(const uint16_t* p) {
 #if defined(__aarch64__)
-    typedef __fp16 H __attribute__((vector_size(16)));
-    H h;
-    memcpy(&h, p, 16);
-    return __builtin_convertvector(h, V);
-#else
     float values[8];
-    for (int i = 0; i < 8; i++) values[i] = f16_to_f32(p[i]);
+    for (int i = 0; i < 8; i += 4) vst1q_f32(values + i, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + i))));
     return load(values);
+#else
+    // f16_to_f32 on eight lanes, with masks made by shifts: compilers take comparisons of wide vectors apart.
+    U half = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    U magnitude = (half & 0x7fff) << 13, special = (magnitude + (1u << 23)) & 0x10000000;
+    U bits = magnitude + (112u << 23) + (special << 1 | special | special >> 1);  // Inf, NaN: 112 << 23 once more
+    U small = as_bits(as_floats(bits + (1u << 23)) - as_floats(all_bits(113u << 23)));
+    U normal = U(-I(magnitude >> 23) >> 31);
+    return as_floats((bits & normal) | (small & ~normal) | (half & 0x8000) << 16);
 #endif
 }
 
 inline V load_bf16(const uint16_t* p) {
     U bits = {p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-    bits <<= 16;
-    V v;
-    memcpy(&v, &bits, 32);
-    return v;
+    return as_floats(bits << 16);
 }
 
 inline V load_u8(const uint8_t* p) {
@@ -117,11 +141,7 @@ inline V load_u8(const uint8_t* p) {
 inline V load_u4(const uint8_t* p) {
     uint32_t word;
     memcpy(&word, p, 4);
-    U values = {word, word, word, word, word, word, word, word};
-    values = values >> U{0, 4, 8, 12, 16, 20, 24, 28} & 15;
-    I integers;
-    memcpy(&integers, &values, 32);
-    return __builtin_convertvector(integers, V);
+    return __builtin_convertvector(I(all_bits(word) >> U{0, 4, 8, 12, 16, 20, 24, 28} & 15), V);
 }
 
 #endif
