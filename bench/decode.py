@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import flashsparse
-from bench.synthetic import check_profile, measure
+from bench.activity import check_profile, measure
 from flashsparse.memory import format_bytes
 from flashsparse.stats import Counters
 
@@ -42,7 +42,7 @@ def main() -> int:
     kv_size = args.max_kv_size or args.prompt + args.generate
     with flashsparse.load(args.pack, dram=args.dram, max_kv_size=kv_size, read_mode=args.read_mode) as engine:
         print(engine.plan.describe(), flush=True)
-        report = decode(engine, tokens, args.prompt)
+        report = decode(engine, tokens, args.prompt, stored.get("hot"))
     problems = check_profile(report["measured"], stored["profile"]) if "profile" in stored else []
     report["profile"], report["void"] = stored.get("profile"), problems
     show(report)
@@ -50,7 +50,9 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int) -> dict[str, Any]:
+def decode(
+    engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list[list[int]] | None
+) -> dict[str, Any]:
     """Prefill `prompt` tokens, then decode the rest one by one; the first decoded token is not timed apart."""
     sets: list[list[np.ndarray]] = []
     digest = hashlib.sha256()
@@ -78,7 +80,7 @@ def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int) -> dict[s
         "decode_tps": len(best) / seconds,
         "prefill_tps": prompt / prefill_s,
         "load_s": engine.load_s,
-        "measured": measure(by_layer, engine.manifest.intermediate_size),
+        "measured": measure(by_layer, engine.manifest.intermediate_size, hot),
         **figures(cost, len(best)),
         "prefill_flash_bytes": prefill.flash_bytes,
         "peak_memory_bytes": engine.peak_memory(),

@@ -21,7 +21,7 @@ from flashsparse.stats import Counters, Stats
 
 if TYPE_CHECKING:
     from flashsparse.ffn import Scratch, StreamedFFN
-    from flashsparse.flash import FlashFile, ReadPool
+    from flashsparse.flash import ReadPool
     from flashsparse.kernels import Kernels
     from flashsparse.models.modules import Decoder
     from flashsparse.pack.manifest import Manifest
@@ -31,9 +31,10 @@ READ_MODES = ("auto", "direct", "buffered")
 MAX_TILE_BYTES = 32 << 20
 MIN_TILE_BYTES = 128 << 10
 HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
-ACTIVATION_COPIES = 16  # arrays [chunk, d] alive at once in one layer, MLX's and ours
-THREAD_BYTES = 96 << 10  # stack and allocator arena that a thread touches
-PROCESS_BYTES = 3 << 20  # what Python, numpy and MLX allocate for themselves while running
+ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
+THREAD_BYTES = 16 << 10  # stack that a thread touches
+LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
+PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
 
 
 def load(
@@ -96,14 +97,15 @@ class Engine:
     """A loaded pack. Use `session()` for a conversation; close it, or use it as a context manager."""
 
     def __init__(self, path: str | os.PathLike[str], options: _Options) -> None:
-        from flashsparse.pack.manifest import Manifest
+        from flashsparse.opening import open_pack
 
-        self.manifest: Manifest = Manifest.load(Path(path))
         self.counters = Counters()
         self._session: Session | None = None
-        self._files: list[FlashFile] = []
         self._pool: ReadPool | None = None
         self._kernels: Kernels | None = None
+        self._pack = open_pack(Path(path), options.read_mode)
+        self.manifest: Manifest = self._pack.manifest
+        self.tokenizer = self._pack.tokenizer
         try:
             self._load(options)
         except BaseException:
@@ -111,32 +113,21 @@ class Engine:
             raise
 
     def _load(self, options: _Options) -> None:
-        """Imports and the tokenizer come first: what they cost is `runtime`, not the engine's budget."""
+        """Imports and the tokenizer came first: what they cost is `runtime`, not the engine's budget."""
         from flashsparse.flash import ReadPool
         from flashsparse.kernels import make_kernels
-        from flashsparse.runtime import import_mlx_lm, load_tokenizer
 
-        import_mlx_lm()
-        self.tokenizer = load_tokenizer(self.manifest)
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
         memory.reset_peak()
         self.runtime_bytes = memory.footprint()
         began = time.perf_counter()
         self._pool = ReadPool(options.io_threads)
-        self._open_files(options.read_mode)
         self.plan = self._make_plan(options)
         if options.on_plan is not None:
             options.on_plan(self.plan)
         self.decoder: Decoder = self._build()
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - began
-
-    def _open_files(self, mode: str) -> None:
-        from flashsparse.flash import FlashFile
-
-        paths = [self.manifest.resident_path, *(self.manifest.flash_path(i) for i in range(self.manifest.layers))]
-        for path in paths:
-            self._files.append(FlashFile(path, mode))
 
     @property
     def context_limit(self) -> int:
@@ -146,7 +137,7 @@ class Engine:
     @property
     def read_mode(self) -> str:
         """How records are read: "direct" only when every file accepts it."""
-        return "direct" if all(f.direct for f in self._files) else "buffered"
+        return "direct" if all(f.direct for f in self._pack.files) else "buffered"
 
     @property
     def kernels(self) -> str:
@@ -207,9 +198,7 @@ class Engine:
             self._pool = None
         if self._kernels is not None:
             self._kernels.close()
-        for file in self._files:
-            file.close()
-        self._files.clear()
+        self._pack.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -225,7 +214,7 @@ class Engine:
             "kv_bytes_per_token": 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2),
             "max_kv_size": options.max_kv_size,
             "context_limit": self.context_limit,
-            "overhead": PROCESS_BYTES + THREAD_BYTES * (options.io_threads + options.threads),
+            "overhead": PROCESS_BYTES + LAYER_BYTES * m.layers + THREAD_BYTES * (options.io_threads + options.threads),
             "records": m.intermediate_size,
             "layers": m.layers,
             "slot_bytes": self._slot_bytes(),
@@ -253,7 +242,7 @@ class Engine:
         from flashsparse.flash import slot_stride
         from flashsparse.pack.safetensors import ALIGN
 
-        return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self._files)
+        return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self._pack.files)
 
     def _smallest_tile(self) -> int:
         layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
@@ -288,7 +277,7 @@ class Engine:
         m = self.manifest
         # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
         mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
-        store = ResidentStore(m, self._pool, self._files[0])
+        store = ResidentStore(m, self._pack.headers[0], self._pool, self._pack.files[0])
         family = importlib.import_module(f"flashsparse.models.{m.family}")
         scratch = self._make_scratch()
         self._ffns = [self._layer(i, store, family, scratch) for i in range(m.layers)]
@@ -316,8 +305,8 @@ class Engine:
 
         assert self._pool is not None and self._kernels is not None
         m, slots = self.manifest, self.plan.slots[index]
-        header = m.flash_header(index)
-        flash = Flash(self._files[index + 1], header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
+        file, header = self._pack.files[index + 1], self._pack.headers[index + 1]
+        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
         ffn = StreamedFFN(self._kernels, self._pool, flash, scratch, self.counters)
         ffn.down_bias = store.vector(family.DOWN.format(index) + ".bias")
         if m.tier == "exact":

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from flashsparse.flash import FlashFile, ReadPool
     from flashsparse.pack.manifest import Manifest, Quant
+    from flashsparse.pack.safetensors import Header
 
 ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
 READ_BYTES = 4 << 20
@@ -79,11 +80,8 @@ class Weight:
 class ResidentStore:
     """Every resident tensor of a pack, read into one buffer. Raises PackError for a missing tensor."""
 
-    def __init__(self, manifest: Manifest, pool: ReadPool, file: FlashFile) -> None:
-        from flashsparse.pack.safetensors import read_header
-
+    def __init__(self, manifest: Manifest, header: Header, pool: ReadPool, file: FlashFile) -> None:
         self._manifest = manifest
-        header = read_header(manifest.resident_path, error=PackError)
         self._tensors = header.tensors
         self._origin = header.data_offset
         size = max((t.end for t in header.tensors.values()), default=self._origin) - self._origin

@@ -258,3 +258,24 @@ def test_peak_footprint_less_runtime_stays_within_the_budget(tmp_path: Path) -> 
         command = [sys.executable, "-c", MEASURE, str(path), str(budget)]
         used, limit = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
         assert 0 < used <= limit == budget
+
+
+def test_a_pack_replaced_while_it_is_opened_is_seen_old_or_new_never_mixed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashsparse import opening
+
+    path, other = make_pack(tmp_path), make_pack(tmp_path, "other", seed=5)
+    expected = run(other, slots=64)
+    original, calls = opening.load_tokenizer, []
+
+    def replaced(manifest: object) -> object:
+        if not calls:
+            path.rename(tmp_path / "old")
+            other.rename(path)
+        calls.append(1)
+        return original(manifest)
+
+    monkeypatch.setattr(opening, "load_tokenizer", replaced)
+    assert np.array_equal(run(path, slots=64), expected)
+    assert len(calls) == 2
