@@ -10,6 +10,9 @@
 
 namespace {
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+
 struct RowF32 {
     const float* p;
     void group(int64_t) {}
