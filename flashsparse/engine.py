@@ -211,10 +211,13 @@ class Engine:
         needs: dict[str, Any] = {
             "runtime": self.runtime_bytes,
             "resident": m.files["resident.safetensors"].bytes + (32 << 10),
-            "kv_bytes_per_token": 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2),
+            "kv_bytes_per_token": self._kv_bytes() + 32 * options.threads,  # and attention's scores, 8 at a time
             "max_kv_size": options.max_kv_size,
             "context_limit": self.context_limit,
-            "overhead": PROCESS_BYTES + LAYER_BYTES * m.layers + THREAD_BYTES * (options.io_threads + options.threads),
+            "overhead": PROCESS_BYTES
+            + LAYER_BYTES * m.layers
+            + THREAD_BYTES * (options.io_threads + options.threads)
+            + 64 * max(m.hidden_size, m.heads * m.head_dim) * options.threads,  # rows that the kernels decode
             "records": m.intermediate_size,
             "layers": m.layers,
             "slot_bytes": self._slot_bytes(),
@@ -237,6 +240,11 @@ class Engine:
         if isinstance(options.dram, int):
             return options.dram
         return memory.parse_size(options.dram, memory.machine_memory())
+
+    def _kv_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        m = self.manifest
+        return 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2)
 
     def _slot_bytes(self) -> int:
         from flashsparse.flash import slot_stride
