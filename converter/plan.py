@@ -12,9 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from converter.source import Checkpoint, SourceTensor
-from converter.tensors import HEAD, canonical, check_tensors, embedding_name, expected_shapes, ffn_names
+from converter.tensors import canonical, check_tensors
 from flashsparse.errors import CheckpointError, UnsupportedModelError, UsageError
 from flashsparse.models.config import NormalizedModel, normalize_config
+from flashsparse.models.tensors import (
+    HEAD,
+    Stored,
+    can_quantize,
+    embedding_name,
+    expected_shapes,
+    has_output_bias,
+    record_tensors,
+    stored_as,
+)
 from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
 from flashsparse.pack.manifest import CONFIG, RESIDENT, FileEntry, Manifest, canonical_json
 from flashsparse.pack.safetensors import ALIGN, header_bytes, shape_bytes, storage_order
@@ -71,15 +81,13 @@ class Plan:
 
     @cached_property
     def record(self) -> Record:
-        names, model = ffn_names(self.model.family, 0), self.model
-        biases = f"{names.gate}.bias" in self.shapes, f"{names.up}.bias" in self.shapes
+        model, names = self.model, record_tensors(self.model.family, 0)
+        biases = names.get("gate_bias") in self.shapes, names["up_bias"] in self.shapes
         return record_layout(model.gated, self.tier, model.hidden_size, self.source_dtype, self.quant, *biases)
 
     def record_sources(self, layer: int) -> dict[str, SourceTensor]:
         """Field of a record -> the tensor it comes from, in the record's order."""
-        names = ffn_names(self.model.family, layer)
-        tensors = {"gate": f"{names.gate}.weight", "gate_bias": f"{names.gate}.bias"} if names.gate else {}
-        tensors |= {"up": f"{names.up}.weight", "up_bias": f"{names.up}.bias", "down": f"{names.down}.weight"}
+        tensors = record_tensors(self.model.family, layer)
         return {field: self.sources[tensors[field]] for field in self.record.fields}
 
     @cached_property
@@ -90,7 +98,7 @@ class Plan:
         embeddings = {embedding_name(self.model.family), HEAD}
         result = {}
         for name in self.resident_sources:
-            if len(self.shapes[name]) == 2 and not name.endswith("embed_positions.weight"):
+            if can_quantize(name, self.shapes[name]):
                 bits = max(self.quant.bits, EMBEDDING_BITS) if name in embeddings else self.quant.bits
                 result[name.removesuffix(".weight")] = Quant(bits, self.quant.group_size)
         return result
@@ -104,18 +112,13 @@ class Plan:
         return {name: self.sources[name] for name in self.shapes if self.sources[name].info.name not in in_records}
 
     @cached_property
-    def resident_tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def resident_tensors(self) -> Stored:
         """Name -> (type, shape) of the resident file's tensors in the order of the file."""
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        tensors: Stored = {}
         for name, source in self.resident_sources.items():
-            base = name.removesuffix(".weight")
-            quant = self.resident_quant.get(base)
-            if quant is None or not name.endswith(".weight"):
-                tensors[name] = (source.dtype, source.shape)
-                continue
-            rows, cols = source.shape
-            tensors[name] = ("U32", (rows, cols * quant.bits // 32))
-            tensors[f"{base}.scales"] = tensors[f"{base}.biases"] = (source.dtype, (rows, cols // quant.group_size))
+            quant = self.resident_quant.get(name.removesuffix(".weight"))
+            matrix = can_quantize(name, source.shape)
+            tensors |= stored_as(name, source.dtype, source.shape, quant if matrix else None)
         return {name: tensors[name] for name in storage_order(tensors)}
 
     @cached_property
@@ -168,7 +171,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     model = normalize_config(checkpoint.config, options.activation)
     config = model.config
     sources = canonical(model.family, checkpoint.tensors)
-    shapes = expected_shapes(model.family, config, model.source_model_type != "qwen2")
+    shapes = expected_shapes(model.family, config, has_output_bias(model.source_model_type))
     tied = bool(config["tie_word_embeddings"])
     dtype = check_tensors(sources, shapes, tied, str(checkpoint.directory))
     if tied and HEAD in sources:

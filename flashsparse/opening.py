@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashsparse.errors import FlashSparseError, PackError
 from flashsparse.flash import FlashFile
+from flashsparse.models.tensors import check_resident
 from flashsparse.pack.manifest import Manifest, read_manifest
 from flashsparse.pack.safetensors import read_header
 from flashsparse.runtime import import_mlx_lm, load_tokenizer
@@ -61,8 +62,8 @@ def _open(manifest: Manifest, read_mode: str) -> OpenPack:
         for path in [manifest.resident_path, *map(manifest.flash_path, layers)]:
             files.append(FlashFile(path, read_mode))
         headers = [read_header(manifest.resident_path, error=PackError), *map(manifest.flash_header, layers)]
-        family = str(manifest.config["model_type"])
-        import_mlx_lm(family)
+        check_resident(manifest, headers[0])
+        import_mlx_lm(manifest.family)
         return OpenPack(manifest, load_tokenizer(manifest), headers, files)
     except BaseException:
         for file in files:
