@@ -48,6 +48,10 @@ class SlotTable:
     when a round has no other room. Victims are free slots first, then the least recently used, so the sets of the last
     tokens stay as long as they fit; `window` is the number of tokens that `recent` reports.
     The choice of victims depends on the sequence of requests alone. Raises ValueError for sizes that make no sense.
+
+    An exception at any point, such as an interrupt by the user, costs at most the records of the round it strikes:
+    what a slot holds is decided by `_record_in` alone, which names a record only while its bytes are there, and the
+    rest is made from it again when `_half_done` says that a change was left half done.
     """
 
     def __init__(self, records: int, slots: int, window: int = 4, pins: npt.ArrayLike | None = None) -> None:
@@ -64,6 +68,7 @@ class SlotTable:
         self._token_starts: deque[int] = deque([1], maxlen=window)
         self._bonus = self._pin_bonus(pins)
         self._open: Round | None = None
+        self._half_done = False
         self._queue = self._queue_keys = np.empty(0, np.int64)  # next victims in order, and their keys when queued
 
     def rounds(self, ids: npt.ArrayLike) -> Iterator[Round]:
@@ -72,6 +77,8 @@ class SlotTable:
         Raises ValueError for ids that are not ascending or out of range.
         """
         wanted = self._validated(ids)
+        if self._half_done:
+            self._rebuild()
         if self._open is not None:  # left behind by a caller that failed; its frames may keep the iterator alive
             self._abort(self._open)
             self._open = None
@@ -83,12 +90,12 @@ class SlotTable:
 
     def resident(self) -> Ints:
         """Ascending numbers of the records that are in slots."""
-        return np.flatnonzero(self._slot_of >= 0).astype(np.int32)
+        return np.sort(self._record_in[self._record_in >= 0])
 
     def recent(self) -> Ints:
         """Ascending numbers of the resident records used in the last `window` steps, the current one included."""
-        used = (self._key >= 0) & (self._key & ~_PINNED >= self._token_starts[0] * self.slots)
-        return np.sort(self._record_in[used])
+        used = self._key & ~_PINNED >= self._token_starts[0] * self.slots
+        return np.sort(self._record_in[used & (self._key >= 0) & (self._record_in >= 0)])
 
     def set_begin(self, slots: npt.NDArray[np.integer], begins: npt.NDArray[np.integer]) -> None:
         """Note at which byte of its slot each record begins: a direct read starts at a sector, not at the record."""
@@ -97,9 +104,10 @@ class SlotTable:
     def check(self) -> None:
         """Raise AssertionError unless records in slots and used slots map to each other one to one."""
         used = np.flatnonzero(self._record_in >= 0)
-        resident = self.resident()
+        resident = np.flatnonzero(self._slot_of >= 0)
         in_flight = 0 if self._open is None or self._open.committed else int(np.count_nonzero(self._open.missing))
         problems = {
+            "no change is half done": not self._half_done,
             "as many used slots as resident records": len(used) == len(resident),
             "slot of a record holds it": bool(np.all(self._record_in[self._slot_of[resident]] == resident)),
             "free slots come first": int(np.count_nonzero(self._key < 0)) == self.slots - len(used) - in_flight,
@@ -143,9 +151,12 @@ class SlotTable:
     def _start(self, ids: Ints) -> Round:
         if self._open is not None:
             raise RuntimeError("another request of this layer began before this one was over")
+        if self._half_done:
+            self._rebuild()
         slots = self._slot_of[ids]
         missing = slots < 0
         count = int(np.count_nonzero(missing))
+        self._half_done = True
         if count:
             if count < len(ids):
                 self._key[slots[~missing]] = _LOCKED
@@ -156,6 +167,7 @@ class SlotTable:
             self._key[victims] = _LOCKED
             slots[missing] = victims
         self._open = Round(self, ids, slots, missing)
+        self._half_done = False
         return self._open
 
     def _commit(self, this: Round) -> None:
@@ -163,23 +175,45 @@ class SlotTable:
             raise RuntimeError("the round is already committed, aborted or over")
         new = this.ids[this.missing]
         into = this.slots[this.missing]
+        self._half_done = True
+        self._record_in[into] = new  # first: their bytes are there, whatever happens to the rest
         self._slot_of[new] = into
-        self._record_in[into] = new
         self._stamp(this.ids, this.slots)
         self.misses += len(new)
         self.hits += len(this.ids) - len(new)
         this.committed = True
+        self._half_done = False
 
     def _abort(self, this: Round) -> None:
         if this is not self._open or this.committed:
             return
+        if self._half_done:
+            self._rebuild()
+            return
         free = this.slots[this.missing]
+        self._half_done = True
         self._stamp(this.ids, this.slots)
         self._key[free] = free - np.int64(self.slots)
         self._queue = self._queue_keys = np.empty(0, np.int64)  # free slots go before what was queued
         self._open = None
+        self._half_done = False
 
-    def _stamp(self, ids: Ints, slots: Ints) -> None:
+    def _rebuild(self) -> None:
+        """Make everything agree with `_record_in` again; slots that lost their key count as used just now."""
+        self._half_done = True
+        used = np.flatnonzero(self._record_in >= 0)
+        records = self._record_in[used]
+        self._slot_of[:] = -1
+        self._slot_of[records] = used
+        unused = np.flatnonzero(self._record_in < 0)
+        self._key[unused] = unused - np.int64(self.slots)
+        lost = (self._key[used] < 0) | (self._key[used] == _LOCKED)
+        self._stamp(records[lost], used[lost])
+        self._queue = self._queue_keys = np.empty(0, np.int64)
+        self._open = None
+        self._half_done = False
+
+    def _stamp(self, ids: Ints, slots: npt.NDArray[np.integer]) -> None:
         self._clock += 1
         key = slots + np.int64(self._clock * self.slots)
         self._key[slots] = key if self._bonus is None else key + self._bonus[ids]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
+from types import FrameType
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from flashsparse import cache
 from flashsparse.cache import Round, SlotTable
 
 RECORDS = 24
@@ -244,3 +247,76 @@ def test_a_request_left_behind_does_not_block_the_next(commit: bool) -> None:
         next(left)
     waiting.commit()
     assert list(new) == []
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th bytecode that runs in flashsparse.cache, as a signal would."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Interrupt | None:
+        if frame.f_code.co_filename != cache.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+def ask(table: SlotTable, slab: np.ndarray, ids: list[int], arrive: bool = True) -> None:
+    """A request as the engine makes it; slab holds the record number that lies in each slot, -1 for torn bytes."""
+    for part in table.rounds(ids):
+        slab[part.slots[part.missing]] = -1
+        assert slab[part.slots[~part.missing]].tolist() == part.ids[~part.missing].tolist()
+        if not arrive:
+            raise OSError
+        slab[part.slots[part.missing]] = part.ids[part.missing]
+        part.commit()
+    table.end_token()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupts while iterators are closed
+@pytest.mark.parametrize(
+    ("ids", "arrive", "pins"),
+    [
+        ([2, 4, 5], True, []),
+        ([2, 6, 7, 9], True, [3, 9]),
+        ([1, 3, 4, 8, 10, 12, 13, 14], True, [3, 9]),
+        ([2, 6, 7, 9], False, [3, 9]),
+    ],
+)
+def test_an_interrupt_at_any_bytecode_leaves_hits_true(ids: list[int], arrive: bool, pins: list[int]) -> None:
+    kept, after, interrupt = [], 0, Interrupt(0)
+    while interrupt.left <= 0:
+        after += 1
+        interrupt = Interrupt(after)
+        table, slab = SlotTable(16, 6, pins=pins), np.full(6, -1)
+        for wanted in ([0, 1, 2, 3], [2, 3, 9], [4, 5]):
+            ask(table, slab, wanted)
+        try:
+            with interrupt:
+                ask(table, slab, ids, arrive)
+        except (KeyboardInterrupt, OSError) as error:
+            kept.append(error)  # its traceback keeps the iterator alive
+        assert set(table.recent().tolist()) <= set(table.resident().tolist())
+        if after % 2:
+            with pytest.raises(OSError):
+                ask(table, slab, [5, 15], arrive=False)
+        list(table.rounds([]))
+        table.check()
+        assert set(table.resident().tolist()) <= set(slab.tolist())
+        for wanted in ([7, 8], [0, 1, 2, 3, 4, 5, 6, 7], ids, list(range(10, 16))):
+            ask(table, slab, wanted)
+            table.check()
+        assert table.resident().tolist() == list(range(10, 16))
+    assert after > 100
