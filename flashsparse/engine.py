@@ -6,15 +6,19 @@ conversation itself (tokens, KV cache contents, sampling) is a Session's.
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashsparse import memory
+from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
 from flashsparse.stats import Counters, Stats
@@ -23,11 +27,14 @@ if TYPE_CHECKING:
     from flashsparse.ffn import Scratch, StreamedFFN
     from flashsparse.flash import ReadPool
     from flashsparse.kernels import Kernels
+    from flashsparse.kvcache import KVCache
     from flashsparse.models.modules import Decoder
     from flashsparse.pack.manifest import Manifest
     from flashsparse.session import Session
 
 READ_MODES = ("auto", "direct", "buffered")
+MAX_THREADS = 1024
+MAX_SLOTS = 1 << 24
 MAX_TILE_BYTES = 32 << 20
 MIN_TILE_BYTES = 128 << 10
 HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
@@ -85,12 +92,21 @@ class _Options:
     ) -> None:
         if read_mode not in READ_MODES:
             raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
-        for name, value in (("threads", threads), ("io_threads", io_threads), ("slots", slots)):
-            if value is not None and not 1 <= value <= (1 << 24 if name == "slots" else 1024):
-                raise UsageError(f"{name} is {value}, expected at least 1")
-        self.dram, self.max_kv_size, self.slots, self.on_plan = dram, max_kv_size, slots, on_plan
-        self.threads = threads or os.cpu_count() or 1
-        self.io_threads, self.read_mode, self.kernels = io_threads, read_mode, kernels
+        self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
+        self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
+        self.threads = (
+            min(os.cpu_count() or 1, MAX_THREADS) if threads is None else whole("threads", threads, 1, MAX_THREADS)
+        )
+        self.io_threads = whole("io_threads", io_threads, 1, MAX_THREADS)
+        self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
+        self.read_mode, self.kernels, self.on_plan = read_mode, kernels, on_plan
+
+
+def _whole_bytes(dram: Any) -> int:
+    size = integer(dram)
+    if size is None or size < 1:
+        raise UsageError(f"dram is {shown(dram)}, expected a whole number of bytes, or text such as '7GB' or '50%'")
+    return size
 
 
 class Engine:
@@ -100,11 +116,18 @@ class Engine:
         from flashsparse.opening import open_pack
 
         self.counters = Counters()
+        self._lock = threading.Lock()  # held during a step, never between two
+        self._owner: int | None = None  # the thread that holds it
+        self._decoder: Decoder | None = None
+        self._ffns: list[StreamedFFN] = []
+        self._caches: list[KVCache] = []
         self._session: Session | None = None
         self._pool: ReadPool | None = None
         self._kernels: Kernels | None = None
         self._pack = open_pack(Path(path), options.read_mode)
         self.manifest: Manifest = self._pack.manifest
+        # "direct" only when every file accepts it
+        self.read_mode = "direct" if all(f.direct for f in self._pack.files) else "buffered"
         self.tokenizer = self._pack.tokenizer
         try:
             self._load(options)
@@ -118,6 +141,7 @@ class Engine:
         from flashsparse.kernels import make_kernels
 
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
+        self.kernels = self._kernels.name
         memory.reset_peak()
         self.runtime_bytes = memory.footprint()
         began = time.perf_counter()
@@ -125,7 +149,7 @@ class Engine:
         self.plan = self._make_plan(options)
         if options.on_plan is not None:
             options.on_plan(self.plan)
-        self.decoder: Decoder = self._build()
+        self._decoder = self._build()
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - began
 
@@ -133,16 +157,6 @@ class Engine:
     def context_limit(self) -> int:
         """Positions that the model was made for."""
         return int(self.manifest.config["max_position_embeddings"])
-
-    @property
-    def read_mode(self) -> str:
-        """How records are read: "direct" only when every file accepts it."""
-        return "direct" if all(f.direct for f in self._pack.files) else "buffered"
-
-    @property
-    def kernels(self) -> str:
-        assert self._kernels is not None
-        return self._kernels.name
 
     @property
     def stats(self) -> Stats:
@@ -156,19 +170,46 @@ class Engine:
         """Start a conversation. The plan reserves one KV cache, so there is one session at a time (SessionError)."""
         from flashsparse.session import Session
 
-        if self._pool is None:
-            raise SessionError("the engine is closed; load the pack again")
-        if self._session is not None:
-            raise SessionError("this engine has a session already: close it first, the memory plan reserves one")
-        for cache in self._caches:
-            cache.offset = 0
-        self._session = Session(self, self._caches)
-        return self._session
+        with self.step():
+            if self._session is not None:
+                raise SessionError("this engine has a session already: close it first, the memory plan reserves one")
+            for cache in self._caches:
+                cache.offset = 0
+            self._session = Session(self, self._caches)
+            return self._session
 
     def release(self, session: Session) -> None:
-        """Called by a session that closes."""
+        """Called inside `exclusive` for a session that ends."""
+        session.detach()
         if self._session is session:
             self._session = None
+
+    @contextmanager
+    def step(self) -> Iterator[Decoder]:
+        """Hold the engine for one step of this thread. Raises SessionError when it is in use or closed."""
+        if not self._lock.acquire(blocking=False):
+            raise self._in_use()
+        try:
+            self._owner = threading.get_ident()
+            if self._decoder is None:
+                raise SessionError("the engine is closed; load the pack again")
+            yield self._decoder
+        finally:
+            self._owner = None
+            self._lock.release()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the engine, after the step that another thread is in. Raises SessionError inside a step of this one."""
+        if self._owner == threading.get_ident():
+            raise self._in_use()
+        with self._lock:
+            yield
+
+    def _in_use(self) -> SessionError:
+        if self._owner == threading.get_ident():
+            return SessionError("the engine is in the middle of a step of this thread; wait for its result")
+        return SessionError("the engine is in use by another thread; one thread at a time may use it")
 
     def peak_memory(self) -> int:
         """The process's peak footprint since loading began, in bytes (since its start where that cannot be reset)."""
@@ -190,15 +231,18 @@ class Engine:
             ffn.observer = None if observer is None else lambda ids, index=index: observer(index, ids)
 
     def close(self) -> None:
-        """Stop threads, close files, drop the weights."""
-        if self._session is not None:
-            self._session.close()
-        if self._pool is not None:
-            self._pool.close()
-            self._pool = None
-        if self._kernels is not None:
-            self._kernels.close()
-        self._pack.close()
+        """Stop threads, close files, free the weights and the KV cache, after the step that another thread is in."""
+        with self.exclusive():
+            if self._session is not None:
+                self.release(self._session)
+            if self._pool is not None:
+                self._pool.close()
+            if self._kernels is not None:
+                self._kernels.close()
+            self._pack.close()
+            self._decoder = self._kernels = self._pool = None
+            self._ffns, self._caches = [], []
+        gc.collect()  # modules and the layers inside them refer to each other
 
     def __enter__(self) -> Engine:
         return self

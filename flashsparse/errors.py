@@ -62,5 +62,9 @@ class SessionError(FlashSparseError):
     """A session used in a way it cannot serve: closed, a second one at once, a saved file of another pack."""
 
 
+class NumericError(FlashSparseError):
+    """The model computed numbers that are not finite, from which no token can be chosen."""
+
+
 class NativeLibraryError(FlashSparseError):
     """The native library is missing or of another version than the Python package."""

@@ -28,10 +28,11 @@ _UNITS = {"": 1, "b": 1} | {
 
 def parse_size(text: str, machine_bytes: int) -> int:
     """Bytes in `7GB` (decimal), `4GiB` (binary), `50%` (of `machine_bytes`) or `123456`. Raises UsageError."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*(%|[a-zA-Z]*)\s*", text)
     unit = found[2].lower() if found else ""
     if found is None or (unit != "%" and unit not in _UNITS):
-        raise UsageError(f"size {text!r} is not understood: write 7GB, 4GiB, 50% or a number of bytes")
+        shown = text if len(text) <= 60 else text[:57] + "..."
+        raise UsageError(f"size {shown!r} is not understood: write 7GB, 4GiB, 50% or a number of bytes")
     number = float(found[1])
     if unit == "%" and number > 100:
         raise UsageError(f"size {text!r} is more than the machine's memory ({format_bytes(machine_bytes)})")

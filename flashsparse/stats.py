@@ -10,7 +10,10 @@ from dataclasses import asdict, dataclass, field, fields
 
 @dataclass
 class Counters:
-    """Raw counts since the engine was loaded. Bytes are bytes transferred from flash, rounding and gaps included."""
+    """Raw counts since the engine was loaded. Bytes are bytes transferred from flash, rounding and gaps included.
+
+    `seconds` are those of whole steps: layers, language model head, sampling and text.
+    """
 
     tokens: int = 0
     steps: int = 0
@@ -69,6 +72,13 @@ class Stats:
     prefill: Counters = field(default_factory=Counters)
     decode: Counters = field(default_factory=Counters)
     generation_tokens: int = 0
+
+    def add(self, cost: Counters) -> None:
+        """Count what one generated token cost; the first one's is the prompt's."""
+        if self.generation_tokens == 1:
+            self.prefill, self.time_to_first_token_s = cost, cost.seconds
+        else:
+            self.decode = self.decode + cost
 
     def to_dict(self) -> dict[str, object]:
         """The keys of `generate --json`, without the text."""
