@@ -45,10 +45,10 @@ def open_pack(path: Path, read_mode: str) -> OpenPack:
         try:
             opened = _open(manifest, read_mode)
         except FlashSparseError:
-            if last or not _replaced(manifest):
+            if last or not manifest.replaced():
                 raise
             continue
-        if not _replaced(manifest):
+        if not manifest.replaced():
             return opened
         opened.close()
     raise PackError(f"{path}: the pack was replaced {ATTEMPTS} times while it was opened; try again")
@@ -69,11 +69,3 @@ def _open(manifest: Manifest, read_mode: str) -> OpenPack:
         for file in files:
             file.close()
         raise
-
-
-def _replaced(manifest: Manifest) -> bool:
-    """Whether another pack stands at the path now."""
-    try:
-        return read_manifest(manifest.path).digest != manifest.digest
-    except FlashSparseError:
-        return True

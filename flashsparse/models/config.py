@@ -12,10 +12,11 @@ from typing import Any
 
 from flashsparse.errors import UnsupportedModelError, UsageError
 from flashsparse.models.fields import Fields
-from flashsparse.models.rope import LAYER_TYPES, normalize_rope
+from flashsparse.models.rope import normalize_rope
+from flashsparse.pack.config import LAYER_TYPES, MAX_POSITIONS, SOURCE_MODEL_TYPES
 from flashsparse.pack.manifest import ACTIVATIONS, Activation
 
-SUPPORTED = ("bamboo", "llama", "mistral", "opt", "qwen2", "sparsellama")
+SUPPORTED = tuple(sorted(name for names in SOURCE_MODEL_TYPES.values() for name in names))
 CUSTOM_CODE = ("bamboo", "sparsellama")  # published with their own code, which is never run: their mathematics is known
 _ALIASES = {"swish": "silu", "relu_2": "relu2", "relu-squared": "relu2", "relu_squared": "relu2"}
 
@@ -197,7 +198,7 @@ def _llama(fields: Fields, model_type: str, override: Activation | None) -> Norm
     layers = fields.integer("num_hidden_layers", 32)
     vocab = fields.integer("vocab_size", defaults["vocab_size"])
     heads, kv_heads, head_dim = _attention(fields, defaults, hidden)
-    positions = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
+    positions = fields.integer("max_position_embeddings", defaults["max_position_embeddings"], most=MAX_POSITIONS)
     theta, scaling = normalize_rope(fields, positions)
     attention_bias, mlp_bias = _biases(fields, base)
     layer_types, window = _windows(fields, base, layers)
@@ -248,7 +249,7 @@ def _opt(fields: Fields, model_type: str, override: Activation | None) -> Normal
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "max_position_embeddings": fields.integer("max_position_embeddings", 2048),
+        "max_position_embeddings": fields.integer("max_position_embeddings", 2048, most=MAX_POSITIONS),
         "word_embed_proj_dim": fields.integer("word_embed_proj_dim", hidden),
         "do_layer_norm_before": fields.boolean("do_layer_norm_before", True),
         "enable_bias": fields.boolean("enable_bias", True),

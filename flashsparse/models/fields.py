@@ -5,7 +5,7 @@ A field that nobody read, that is not listed here and that is not null is refuse
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any, NoReturn
 
 from flashsparse.errors import CheckpointError, UnsupportedModelError
@@ -24,6 +24,7 @@ encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_i
 max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences prefix
 remove_invalid_values repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p"""
 
+MAX_FLOAT = sys.float_info.max
 IGNORED = frozenset(f"{_TRAINING} {_BOOKKEEPING} {_GENERATION}".split())
 
 # Fields that are accepted at the one value that leaves the mathematics as it is.
@@ -65,19 +66,25 @@ class Fields:
         value = self.raw.get(field)
         return default if value is None else value
 
-    def integer(self, field: str, default: int | None, least: int = 1) -> int:
+    def integer(self, field: str, default: int | None, least: int = 1, most: int = 2**63 - 1) -> int:
         value = self.get(field, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.malformed(field, value, f"an integer >= {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.malformed(field, value, f"an integer >= {least}" if most == 2**63 - 1 else f"{least} to {most}")
         return value
 
     def number(self, field: str, default: float | None, zero: bool = False) -> float:
         """A finite number > 0, or >= 0 with `zero`."""
         value = self.get(field, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            self.malformed(field, value, "a number")
+        value = self._finite(field, value)
         if value < 0 or (value == 0 and not zero):
             self.malformed(field, value, "a number >= 0" if zero else "a number > 0")
+        return value
+
+    def _finite(self, field: str, value: Any) -> float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        # A large enough integer is no float at all.
+        if not number or not -MAX_FLOAT <= value <= MAX_FLOAT:
+            self.malformed(field, value, "a number")
         return float(value)
 
     def boolean(self, field: str, default: bool) -> bool:
@@ -95,8 +102,8 @@ class Fields:
     def token_ids(self, field: str, default: int | None) -> int | list[int] | None:
         """A token id or a list of them. Null means that there is none, only a missing field takes the default."""
         value: int | list[int] | None = self.get(field, default if field not in self.raw else None)
-        items = value if isinstance(value, list) else [value]
-        if value is not None and not all(isinstance(item, int) and not isinstance(item, bool) for item in items):
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) and abs(one) < 2**63 for one in items):
             self.malformed(field, value, "a token id or a list of them")
         return value
 

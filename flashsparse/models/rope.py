@@ -10,10 +10,10 @@ import math
 from typing import Any
 
 from flashsparse.models.fields import Fields
+from flashsparse.pack.config import LAYER_TYPES
 
 DEFAULT_THETA = 10000.0
 TYPES = ("default", "linear", "llama3", "yarn")
-LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 def normalize_rope(fields: Fields, max_positions: int) -> tuple[float, dict[str, Any] | None]:
@@ -23,15 +23,19 @@ def normalize_rope(fields: Fields, max_positions: int) -> tuple[float, dict[str,
     """
     theta = fields.number("rope_theta", DEFAULT_THETA)
     # transformers prefers a (legacy) rope_scaling over rope_parameters when a file has both.
-    parameters, scaling = fields.get("rope_parameters"), fields.get("rope_scaling")
-    name = "rope_scaling" if scaling else "rope_parameters"
-    rope = Fields(_flat(fields, name, scaling or parameters or {}), name)
+    parameters, legacy = fields.get("rope_parameters"), fields.get("rope_scaling")
+    name = "rope_scaling" if legacy else "rope_parameters"
+    rope = Fields(_flat(fields, name, legacy or parameters or {}), name)
     theta = rope.number("rope_theta", theta)
     partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
     if partial != 1:
         fields.unsupported("partial_rotary_factor", partial, "1.0")
-    original = fields.get("original_max_position_embeddings")
-    return theta, _scaling(rope, max_positions, original)
+    stated = fields.get("original_max_position_embeddings") is not None
+    original = fields.integer("original_max_position_embeddings", None) if stated else None
+    scaling = _scaling(rope, max_positions, original)
+    if theta == 1 and scaling is not None and scaling["rope_type"] == "yarn":
+        fields.malformed("rope_theta", theta, "a number other than 1 (yarn divides by its logarithm)")
+    return theta, scaling
 
 
 def _flat(fields: Fields, name: str, value: Any) -> dict[str, Any]:
@@ -93,8 +97,8 @@ def _yarn(rope: Fields, max_positions: int, original: int | None) -> dict[str, A
         "rope_type": "yarn",
         "factor": factor,
         "original_max_position_embeddings": length,
-        "beta_fast": float(rope.get("beta_fast") or 32),
-        "beta_slow": float(rope.get("beta_slow") or 1),
+        "beta_fast": rope.number("beta_fast", 32.0) if rope.get("beta_fast") else 32.0,
+        "beta_slow": rope.number("beta_slow", 1.0) if rope.get("beta_slow") else 1.0,
         "mscale": mscale,
         "mscale_all_dim": all_dim,
     }

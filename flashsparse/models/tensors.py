@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashsparse.errors import PackError
+from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import record_layout
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from flashsparse.pack.safetensors import Header
 
 HEAD = "lm_head.weight"
-NAMED = 3  # names that a message lists at most
 Stored = dict[str, tuple[str, tuple[int, ...]]]  # name -> (type, shape)
 
 
@@ -168,7 +168,9 @@ def check_resident(manifest: Manifest, header: Header) -> None:
             )
     unknown = sorted(set(found) - set(expected))
     if unknown:
-        raise PackError(f"{header.path}: tensor {_listed(unknown)}: found, expected no such tensor in this model")
+        raise PackError(
+            f"{header.path}: tensor {listed(map(repr, unknown))}: found, expected no such tensor in this model"
+        )
 
 
 def _check_record(m: Manifest) -> None:
@@ -198,8 +200,3 @@ def _check_quantized(manifest: Manifest, plain: Mapping[str, tuple[int, ...]]) -
             raise PackError(
                 f"{where}.{base}: found {manifest.resident_quant.get(base)}, expected {manifest.quant} as records have"
             )
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(map(repr, names[:NAMED])) + more

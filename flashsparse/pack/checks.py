@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from flashsparse.errors import PackError
+from flashsparse.errors import DamagedPackError, PackError
 
 T = TypeVar("T")
 MAX_BYTES = 256 << 20
+SHOWN_CHARS = 200  # of a value in a message
+SHOWN_NAMES = 3
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -19,6 +22,23 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a key appears twice in one object")
     return result
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """`value` as a message shows it: its repr, cut where it gets long."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}..."
+
+
+def listed(names: Iterable[str]) -> str:
+    """At most three names, and how many there are besides."""
+    every = list(names)
+    more = f" and {len(every) - SHOWN_NAMES} more" if len(every) > SHOWN_NAMES else ""
+    return ", ".join(every[:SHOWN_NAMES]) + more
 
 
 class Node:
@@ -32,17 +52,26 @@ class Node:
         self.left = set(value)
 
     @staticmethod
-    def read(path: Path) -> tuple[Node, str]:
-        """The document of a file and its text. Raises PackError when it is missing or not one JSON object."""
+    def read(path: Path, sha256: str | None = None) -> tuple[Node, str]:
+        """The document of a file and its text.
+
+        Raises PackError when it is missing or not one JSON object, DamagedPackError when it is not of this SHA-256.
+        """
+        if "\0" in str(path):
+            raise PackError(f"{str(path)!r}: not a path, since it holds a NUL character")
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise PackError(f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
-            text = path.read_text("utf-8")
-            return Node(json.loads(text, object_pairs_hook=_unique), path), text
+            data = path.read_bytes()
         except FileNotFoundError:
             raise PackError(f"{path}: missing; {path.parent} is not a pack") from None
         except OSError as problem:
             raise PackError(f"{path}: cannot be read: {problem.strerror}") from problem
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedPackError(f"{path}: does not match its checksum; run `flashsparse verify`")
+        try:
+            text = data.decode()
+            return Node(json.loads(text, object_pairs_hook=_unique), path), text
         except (ValueError, RecursionError) as problem:
             raise PackError(f"{path}: not JSON: {problem}") from problem
 
@@ -50,10 +79,10 @@ class Node:
         return f"{self.where}.{key}" if self.where else key
 
     def _fail(self, found: Any, expected: str) -> NoReturn:
-        raise PackError(f"{self.path}: {self.where or 'the document'}: found {found!r}, expected {expected}")
+        raise PackError(f"{self.path}: {self.where or 'the document'}: found {shown(found)}, expected {expected}")
 
     def fail(self, key: str, found: Any, expected: str) -> NoReturn:
-        raise PackError(f"{self.path}: {self.name(key)}: found {found!r}, expected {expected}")
+        raise PackError(f"{self.path}: {self.name(key)}: found {shown(found)}, expected {expected}")
 
     def has(self, key: str) -> bool:
         return key in self.value
@@ -69,6 +98,12 @@ class Node:
         if found != expected or type(found) is not type(expected):
             self.fail(key, found, f"{expected!r}, the only one this version reads")
 
+    def agree(self, key: str, expected: Any) -> None:
+        """Takes a value that the manifest states too."""
+        found = self.take(key)
+        if found != expected or type(found) is not type(expected):
+            self.fail(key, found, f"{expected!r} (as in pack.json)")
+
     def choice(self, key: str, allowed: Sequence[T]) -> T:
         found: T = self.take(key)
         if found not in allowed or isinstance(found, bool | float):
@@ -81,11 +116,28 @@ class Node:
             self.fail(key, found, "true or false")
         return found
 
-    def integer(self, key: str, least: int) -> int:
+    def integer(self, key: str, least: int, most: int | None = None) -> int:
         found = self.take(key)
-        if not isinstance(found, int) or isinstance(found, bool) or not least <= found < 2**63:
-            self.fail(key, found, f"an integer >= {least}")
-        return found
+        if not _is_integer(found) or not least <= found <= (most or 2**63 - 1):
+            self.fail(key, found, f"an integer >= {least}" + (f" and <= {most}" if most else ""))
+        return int(found)
+
+    def real(self, key: str, zero: bool = False, negative: bool = False) -> float:
+        """A finite number > 0, or >= 0 with `zero`, or any with `negative`."""
+        found = self.take(key)
+        number = isinstance(found, float) and math.isfinite(found)
+        number = number or (_is_integer(found) and abs(found) < 2**63)
+        if not number or not (negative or found > 0 or (zero and found == 0)):
+            expected = "a finite number" if negative else f"a finite number {'>=' if zero else '>'} 0"
+            self.fail(key, found, expected)
+        return float(found)
+
+    def token_ids(self, key: str) -> None:
+        """Takes a token id, a list of them, or null."""
+        found = self.take(key)
+        items = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(_is_integer(item) and abs(item) < 2**63 for item in items):
+            self.fail(key, found, "an integer, a list of integers or null")
 
     def number(self, key: str) -> float | None:
         found = self.take(key)
@@ -132,6 +184,6 @@ class Node:
     def finish(self, result: T) -> T:
         """Returns `result`; raises PackError naming the fields nobody took."""
         if self.left:
-            names = ", ".join(self.name(key) for key in sorted(self.left))
+            names = listed(self.name(key) for key in sorted(self.left))
             raise PackError(f"{self.path}: unknown field {names}; this pack needs a newer FlashSparse")
         return result

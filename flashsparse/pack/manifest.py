@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from flashsparse.errors import DamagedPackError, PackError
-from flashsparse.pack.checks import Node
+from flashsparse.pack.checks import Node, listed, shown
+from flashsparse.pack.config import check_config
 from flashsparse.pack.layout import (
     BLOCK_BYTES,
     FIELD_NAMES,
@@ -47,6 +48,7 @@ SOURCE_DTYPES = ("F32", "F16", "BF16")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128)
 KINDS = ("vector", "scalar")
+MAX_NAME_BYTES = 255
 
 __all__ = [
     "ACTIVATIONS",
@@ -127,30 +129,21 @@ class Manifest:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """The normalized configuration; its checksum and its agreement with the manifest are checked."""
-        raw = (self.path / CONFIG).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != self.files[CONFIG].sha256:
-            raise DamagedPackError(f"{self.path / CONFIG}: does not match its checksum; run `flashsparse verify`")
-        config: dict[str, Any] = json.loads(raw)
-        expected = {
-            "model_type": self.family,
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "vocab_size": self.vocab_size,
-            "num_attention_heads": self.heads,
-        }
-        for name, value in expected.items():
-            if config.get(name) != value:
-                raise PackError(
-                    f"{self.path / CONFIG}: {name}: found {config.get(name)!r}, expected {value!r} (as in {MANIFEST})"
-                )
-        return config
+        """The normalized configuration: its checksum, its fields and its agreement with the manifest are checked."""
+        node, _ = Node.read(self.path / CONFIG, self.files[CONFIG].sha256)
+        return check_config(node, self)
 
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the manifest's canonical JSON: the identity of the pack."""
         return hashlib.sha256(canonical_json(self._body()).encode()).hexdigest()
+
+    def replaced(self) -> bool:
+        """Whether another pack, or none, stands at the path now."""
+        try:
+            return read_manifest(self.path).digest != self.digest
+        except PackError:
+            return True
 
     def check_sizes(self) -> None:
         """Raises DamagedPackError when a file of the manifest is missing or of another size."""
@@ -169,7 +162,9 @@ class Manifest:
         found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
         expected = {"records": ("U8", (self.intermediate_size, self.record.stride))}
         if found != expected or header.data_offset != ALIGN:
-            raise PackError(f"{path}: found {found} at byte {header.data_offset}, expected {expected} at byte {ALIGN}")
+            raise PackError(
+                f"{path}: found {shown(found)} at byte {header.data_offset}, expected {expected} at byte {ALIGN}"
+            )
         return header
 
     def to_json(self) -> str:
@@ -262,6 +257,8 @@ def _activation(node: Node) -> Activation:
     param = node.number("param")
     if (param is None) != (name != "fatrelu"):
         node.fail("param", param, "a number for fatrelu, null for every other activation")
+    if param is not None and param < 0:
+        node.fail("param", param, "a number >= 0")
     return node.finish(Activation(name, param, node.choice("source", SOURCES)))
 
 
@@ -302,6 +299,10 @@ def _check_consistent(node: Node, m: Manifest) -> None:
         node.fail("gate", m.gate, f"{gate!r} in tier {m.tier!r}")
     if m.gated != (m.family == "llama"):
         node.fail("gated", m.gated, f"{m.family == 'llama'} for family {m.family!r}")
+    if m.activation.name == "silu" and m.tier == "exact":
+        node.fail("activation.name", m.activation.name, "an activation with exact zeros in tier 'exact'")
+    if m.activation.name == "drelu" and not m.gated:
+        node.fail("activation.name", m.activation.name, "an activation without a gate for a family without one")
     if m.heads % m.kv_heads:
         node.fail("kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})")
     if m.quant and m.hidden_size % m.quant.group_size:
@@ -314,12 +315,18 @@ def _check_consistent(node: Node, m: Manifest) -> None:
 
 def _check_files(node: Node, m: Manifest) -> None:
     """Names must be plain, the files of a pack complete, and their sizes and blocks what the shapes say."""
-    names = {CONFIG, RESIDENT, *map(flash_name, range(m.layers))}
     for name in m.files:
-        if name in ("", ".", "..", MANIFEST) or any(c in "/\\:" or ord(c) < 32 for c in name):
+        if not _is_plain(name):
             node.fail("files", name, "plain file names, not a path")
-    for name in sorted(names - set(m.files)):
-        node.fail("files", f"no {name}", f"{', '.join(sorted(names))}")
+    missing = [name for name in (CONFIG, RESIDENT) if name not in m.files]
+    # A manifest may claim any number of layers, but at most as many files can be there.
+    first = next((layer for layer in range(m.layers) if flash_name(layer) not in m.files), None)
+    if first is not None:
+        missing.append(flash_name(first))
+    if missing:
+        listing = f"{listed(sorted(m.files))}, no {', '.join(missing)}"
+        node.fail("files", listing, f"{CONFIG}, {RESIDENT} and a file for each of {m.layers} layers")
+    names = {CONFIG, RESIDENT, *map(flash_name, range(m.layers))}
     stride, records = m.record.stride, m.intermediate_size
     for layer in range(m.layers):
         entry = m.files[flash_name(layer)]
@@ -334,3 +341,9 @@ def _check_files(node: Node, m: Manifest) -> None:
     for name in set(m.files) - names:
         if m.files[name].blocks or m.files[name].block_bytes:
             node.fail(f"files.{name}", "blocks", "only bytes and sha256")
+
+
+def _is_plain(name: str) -> bool:
+    """Whether this is a name that a file can have on every system, with no path in it."""
+    special = any(c in "/\\:" or ord(c) < 32 or 0xD800 <= ord(c) < 0xE000 for c in name)
+    return not special and name not in ("", ".", "..", MANIFEST) and len(name.encode()) <= MAX_NAME_BYTES

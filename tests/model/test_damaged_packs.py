@@ -9,6 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def refused(pack: Path, *parts: str) -> None:
     assert len(str(caught.value)) < 1000
 
 
+def without(name: str, values: dict[str, Any], inside: str | None = None) -> None:
+    del (values[inside] if inside else values)[name]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_good_packs_load(copy: Callable[[str], Path], kind: str) -> None:
     pack = copy(kind)
@@ -150,7 +155,7 @@ def test_every_tensor_is_needed(copy: Callable[[str], Path], kind: str) -> None:
     names = list(read_header(pack / "resident.safetensors").tensors)
     original = (pack / "resident.safetensors").read_bytes()
     for name in names[:: max(1, len(names) // 6)]:
-        edit_tensors(pack, lambda tensors, name=name: tensors.pop(name))
+        edit_tensors(pack, partial(without, name))
         refused(pack, f"tensor '{name}': missing, expected")
         (pack / "resident.safetensors").write_bytes(original)
 
@@ -208,3 +213,89 @@ def test_resident_quant(copy: Callable[[str], Path], change: Callable[[dict[str,
     pack = copy("quantized")
     sign(pack, lambda body: change(body["resident_quant"]))
     refused(pack, message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("plain", "model_type", "opt"),
+        ("plain", "head_dim", 8),
+        ("plain", "head_dim", 16.0),
+        ("plain", "num_key_value_heads", 4),
+        ("plain", "num_hidden_layers", True),
+        ("plain", "rms_norm_eps", "x"),
+        ("plain", "rms_norm_eps", -1e-5),
+        ("plain", "rms_norm_eps", float("nan")),
+        ("plain", "rope_theta", -1.0),
+        ("plain", "rope_theta", 0),
+        ("plain", "rope_theta", 10**400),
+        ("plain", "rope_theta", None),
+        ("plain", "rope_traditional", True),
+        ("plain", "rope_scaling", 2.0),
+        ("plain", "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        ("plain", "rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("plain", "rope_scaling", {"rope_type": "linear"}),
+        ("plain", "rope_scaling", {"rope_type": "linear", "factor": 2.0, "extra": 1}),
+        ("plain", "rope_scaling", {"rope_type": ["linear"], "factor": 2.0}),
+        ("plain", "attention_bias", 1),
+        ("plain", "attention_bias", True),
+        ("plain", "mlp_bias", True),
+        ("plain", "layer_types", []),
+        ("plain", "layer_types", ["full_attention"] * 1000),
+        ("plain", "layer_types", ["full_attention", "full_attention", ["x"]]),
+        ("plain", "layer_types", ["sliding_attention"] * 3),
+        ("plain", "sliding_window", 8),
+        ("plain", "max_position_embeddings", -5),
+        ("plain", "max_position_embeddings", 2**31 + 1),
+        ("plain", "max_position_embeddings", 1e3),
+        ("plain", "tie_word_embeddings", "no"),
+        ("plain", "tie_word_embeddings", True),
+        ("plain", "hidden_act", "silu"),
+        ("plain", "hidden_act_param", 0.5),
+        ("plain", "eos_token_id", "abc"),
+        ("plain", "eos_token_id", [1, None]),
+        ("plain", "bos_token_id", True),
+        ("plain", "source_model_type", "qwen2"),
+        ("plain", "source_model_type", {}),
+        ("plain", "unheard_of", 1),
+        ("tied", "hidden_act_param", 0.02),
+        ("qwen2", "source_model_type", "llama"),
+        ("mistral", "sliding_window", 0),
+        ("mistral", "sliding_window", None),
+        ("yarn", "rope_theta", 1.0),
+        ("opt", "enable_bias", False),
+        ("opt", "word_embed_proj_dim", 0),
+        ("opt", "word_embed_proj_dim", 128),
+        ("opt", "do_layer_norm_before", None),
+        ("opt", "layer_norm_elementwise_affine", False),
+        ("opt", "_remove_final_layer_norm", 0),
+        ("opt", "_remove_final_layer_norm", True),
+    ],
+)
+def test_wrong_configurations(copy: Callable[[str], Path], kind: str, field: str, value: Any) -> None:
+    pack = copy(kind)
+    edit_config(pack, lambda config: config.update({field: value}))
+    refused(pack)
+
+
+@pytest.mark.parametrize("kind", ["plain", "yarn", "opt"])
+def test_every_configuration_field_is_needed(copy: Callable[[str], Path], kind: str) -> None:
+    pack = copy(kind)
+    text = (pack / "config.json").read_bytes()
+    config = json.loads(text)
+    for field in config:
+        edit_config(pack, partial(without, field))
+        refused(pack, "config.json", f"{field}: missing")
+        (pack / "config.json").write_bytes(text)
+    for field in config["rope_scaling"] if kind == "yarn" else ():
+        edit_config(pack, partial(without, field, inside="rope_scaling"))
+        refused(pack, f"rope_scaling.{field}: missing")
+        (pack / "config.json").write_bytes(text)
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b'{"a": 1, "a": 2}', b"[" * 60000, b'{"rope_theta": 1e999}'])
+def test_configurations_that_are_no_document(copy: Callable[[str], Path], text: bytes) -> None:
+    pack = copy("plain")
+    (pack / "config.json").write_bytes(text)
+    sign(pack)
+    refused(pack, "config.json")
