@@ -1,6 +1,7 @@
 """Checks every byte of a pack against its checksums and says which records or tensors are damaged.
 
-Files that the manifest does not name are ignored. Nothing is repaired.
+Files that the manifest does not name are ignored. Nothing is repaired. A pack that is replaced while it is verified
+is verified anew.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flashsparse.errors import PackError
+from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_name
 from flashsparse.pack.manifest import RESIDENT, Manifest, read_manifest
 from flashsparse.pack.safetensors import header_bytes, read_header
 
 CHUNK_BYTES = 4 << 20
-NAMED_TENSORS = 3
+ATTEMPTS = 5
 
 Progress = Callable[[int, int], None]
 
@@ -39,9 +41,17 @@ def verify(pack_dir: str | os.PathLike[str], progress: Progress | None = None) -
     """Reads the whole pack; the list of damages, empty for a sound pack.
 
     `progress(done, total)` is called with bytes. Raises PackError (DamagedPackError) when pack.json itself cannot be
-    trusted, since nothing else can be checked then.
+    trusted, since nothing else can be checked then, or when the pack is replaced again and again.
     """
-    manifest = read_manifest(pack_dir)
+    for _ in range(ATTEMPTS):
+        manifest = read_manifest(pack_dir)
+        damages = _verify(manifest, progress)
+        if not manifest.replaced():
+            return damages
+    raise PackError(f"{pack_dir}: the pack was replaced {ATTEMPTS} times while it was verified; try again")
+
+
+def _verify(manifest: Manifest, progress: Progress | None) -> list[Damage]:
     total = sum(entry.bytes for entry in manifest.files.values())
     layers = {flash_name(layer): layer for layer in range(manifest.layers)}
     damages: list[Damage] = []
@@ -62,25 +72,30 @@ def _verify_file(
     manifest: Manifest, name: str, entry: FileEntry, layer: int | None, tick: Callable[[int], None]
 ) -> list[Damage]:
     path = manifest.path / name
-    if not path.is_file():
+    if not os.path.isfile(path):
         return [Damage(name, "missing", f"missing, expected a file of {entry.bytes} bytes")]
-    damages = []
-    size = path.stat().st_size
-    if size != entry.bytes:
-        damages.append(Damage(name, "size", f"found {size} bytes, expected {entry.bytes}"))
+    damages: list[Damage] = []
     try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            damages.append(Damage(name, "size", f"found {size} bytes, expected {entry.bytes}"))
         found = _digest(path, manifest, entry, tick)
+        return damages + _compare(manifest, name, entry, found, layer, bool(damages))
     except OSError as problem:
         return [*damages, Damage(name, "unreadable", f"cannot be read: {problem.strerror}")]
+
+
+def _compare(
+    manifest: Manifest, name: str, entry: FileEntry, found: FileEntry, layer: int | None, resized: bool
+) -> list[Damage]:
+    """What differs between a file's entry and what was found; a changed size alone says enough of a small file."""
     if found.sha256 == entry.sha256:
-        return damages
+        return []
     if layer is not None:
-        return damages + list(_flash(manifest, name, entry, found, layer))
+        return list(_flash(manifest, name, entry, found, layer))
     if name == RESIDENT:
-        return damages + list(_resident(path, name, entry, found))
-    if not damages:
-        damages.append(Damage(name, "contents", "does not match its checksum"))
-    return damages
+        return list(_resident(manifest.resident_path, name, entry, found))
+    return [] if resized else [Damage(name, "contents", "does not match its checksum")]
 
 
 def _digest(path: Path, manifest: Manifest, entry: FileEntry, tick: Callable[[int], None]) -> FileEntry:
@@ -141,5 +156,4 @@ def _tensors_in(path: Path, first: int, last: int) -> str:
     except PackError:
         return ""
     names = [info.name for info in header.tensors.values() if info.begin <= last and info.end > first]
-    more = f" and {len(names) - NAMED_TENSORS} more" if len(names) > NAMED_TENSORS else ""
-    return f" ({', '.join(names[:NAMED_TENSORS])}{more})" if names else ""
+    return f" ({listed(names)})" if names else ""

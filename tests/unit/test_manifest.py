@@ -144,6 +144,8 @@ def test_7b_record_matches_arithmetic() -> None:
         ("activation/name", "gelu", "activation.name: found 'gelu'"),
         ("activation/name", "fatrelu", "activation.param: found None"),
         ("activation/param", 0.5, "activation.param: found 0.5"),
+        ("activation/name", "silu", "activation.name: found 'silu', expected an activation with exact zeros"),
+        ("activation", {"name": "fatrelu", "param": -0.5, "source": "config"}, "activation.param: found -0.5"),
         ("activation/source", "guess", "activation.source"),
         ("activation/extra", 1, "unknown field activation.extra"),
         ("codec", "zstd", "unknown field codec"),
@@ -151,6 +153,7 @@ def test_7b_record_matches_arithmetic() -> None:
         ("files/config.json/mode", 420, "unknown field files.config.json.mode"),
         ("layers", 0, "layers: found 0, expected an integer >= 1"),
         ("layers", 3, "no flash-002.safetensors"),
+        ("layers", 10**12, "no flash-002.safetensors', expected"),
         ("layers", 2.0, "layers: found 2.0"),
         ("hidden_size", 2**70, "hidden_size"),
         ("hidden_size", -8, "hidden_size: found -8"),
@@ -190,7 +193,9 @@ def test_refuses(pack: Manifest, where: str, value: Any, message: str) -> None:
     refused(pack, message)
 
 
-@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "sub/file", "c:file", "", "a\x00b"])
+@pytest.mark.parametrize(
+    "name", ["../config.json", "/etc/passwd", "sub/file", "c:file", "", "a\x00b", "\ud800", "x" * 256]
+)
 def test_refuses_paths(pack: Manifest, name: str) -> None:
     edit(pack, lambda body: body["files"].update({name: {"bytes": 1, "sha256": "0" * 64}}))
     refused(pack, "plain file names")
@@ -237,6 +242,14 @@ def test_refuses_another_digest_and_other_whitespace(pack: Manifest) -> None:
     refused(pack, "canonical form")
 
 
+@pytest.mark.parametrize("path", ["layers", "files/config.json", "files"])
+def test_messages_stay_short(pack: Manifest, path: str) -> None:
+    edit(pack, lambda body: put(body, path, {f"name-{i}": [i] * 500 for i in range(500)}))
+    with pytest.raises(PackError) as caught:
+        Manifest.load(pack.path)
+    assert len(str(caught.value)) < 600
+
+
 def test_not_a_pack(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=r"pack\.json: missing; .* is not a pack"):
         Manifest.load(tmp_path)
@@ -267,6 +280,26 @@ def test_config_must_agree_with_the_manifest(pack: Manifest) -> None:
     replace(pack, files=files).write()
     with pytest.raises(PackError, match="vocab_size: found 11, expected 10"):
         _ = Manifest.load(pack.path).config
+
+
+def test_a_pack_replaced_while_it_is_verified_is_verified_anew(pack: Manifest, tmp_path: Path) -> None:
+    other = write_pack(tmp_path / "other", intermediate_size=7)
+    done: list[int] = []
+
+    def replace_once(count: int, total: int) -> None:
+        if not done:
+            pack.path.rename(tmp_path / "old")
+            other.path.rename(pack.path)
+        done.append(count)
+
+    assert verify(pack.path, replace_once) == []
+    assert len(done) > 2
+
+
+def test_a_pack_replaced_again_and_again_cannot_be_verified(pack: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manifest, "replaced", lambda self: True)
+    with pytest.raises(PackError, match="was replaced 5 times"):
+        verify(pack.path)
 
 
 def test_flash_header_is_checked(pack: Manifest) -> None:
