@@ -17,7 +17,7 @@ from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
 from converter.plan import Options, Plan, make_plan
-from converter.publish import Staging, check_replaceable, check_space
+from converter.publish import Staging, check_replaceable, check_space, staging_path
 from converter.resident import write_resident
 from converter.source import Checkpoint, open_checkpoint
 from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
@@ -69,15 +69,18 @@ def convert(
 
 def staging_directory(dst: str | os.PathLike[str]) -> Path:
     """Where a conversion to `dst` keeps its work until it is complete."""
-    return Staging(_destination(dst)).path
+    return staging_path(_destination(dst))
 
 
 def _destination(dst: str | os.PathLike[str]) -> Path:
-    path = Path(os.path.abspath(Path(dst).expanduser()))
-    if path.is_symlink():
-        path = path.resolve()
+    text = os.fspath(dst)
+    if "\0" in text:
+        raise UsageError(f"{text!r}: not a path, since it holds a NUL character")
+    text = os.path.abspath(os.path.expanduser(text))
+    path = Path(os.path.realpath(text) if os.path.islink(text) else text)
     if not path.name:
         raise UsageError(f"{dst}: not a name for a pack")
+    staging_path(path)
     return path
 
 
@@ -91,8 +94,9 @@ def _exists(dst: Path) -> ConvertError:
 
 def _write_error(dst: Path, problem: OSError) -> ConvertError:
     what = f"disk full ({problem.strerror})" if problem.errno in FULL_ERRNOS else problem.strerror
-    staging = staging_directory(dst)
-    kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if staging.exists() else ""
+    staging = staging_path(dst)
+    started = os.path.isdir(staging)  # False, not an error, where the path itself is the problem
+    kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if started else ""
     return ConvertError(f"{problem.filename or dst}: {what}{kept}")
 
 

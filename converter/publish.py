@@ -13,8 +13,22 @@ import shutil
 from pathlib import Path
 
 from converter.disk import remove_tree, swap, sync_directory
-from flashsparse.errors import ConvertError
+from flashsparse.errors import ConvertError, UsageError
 from flashsparse.pack.manifest import MANIFEST
+
+MAX_NAME_BYTES = 255  # of a file name, on every common filesystem
+
+
+def staging_path(dst: Path) -> Path:
+    """The staging directory of `dst`. Raises UsageError when its name would be too long."""
+    path = dst.parent / f".{dst.name}.partial"
+    surplus = len(os.fsencode(path.name)) - MAX_NAME_BYTES
+    if surplus > 0:
+        most = len(os.fsencode(dst.name)) - surplus
+        raise UsageError(
+            f"{dst.parent}/{dst.name[:20]}...: found a name of {most + surplus} bytes, expected at most {most}"
+        )
+    return path
 
 
 class Staging:
@@ -23,7 +37,7 @@ class Staging:
 
     def __init__(self, dst: Path) -> None:
         self.dst = dst
-        self.path = dst.parent / f".{dst.name}.partial"
+        self.path = staging_path(dst)
         self.pack = self.path / "pack"
         self.journal = self.path / "journal.jsonl"
         self._lock = -1
