@@ -251,10 +251,12 @@ class Engine:
         self.close()
 
     def _make_plan(self, options: _Options) -> MemoryPlan:
+        from flashsparse.weights import resident_bytes
+
         m = self.manifest
         needs: dict[str, Any] = {
             "runtime": self.runtime_bytes,
-            "resident": m.files["resident.safetensors"].bytes + (32 << 10),
+            "resident": resident_bytes(m.files["resident.safetensors"].bytes),
             "kv_bytes_per_token": self._kv_bytes() + 32 * options.threads,  # and attention's scores, 8 at a time
             "max_kv_size": options.max_kv_size,
             "context_limit": self.context_limit,

@@ -6,6 +6,7 @@ kernels' business. The buffer is allocated by MLX so that Metal can compute on t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,22 +15,18 @@ import numpy as np
 from flashsparse.errors import PackError
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
     from flashsparse.flash import FlashFile, ReadPool
     from flashsparse.pack.manifest import Manifest, Quant
-    from flashsparse.pack.safetensors import Header
+    from flashsparse.pack.safetensors import Header, TensorInfo
 
 ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
 READ_BYTES = 4 << 20
+SEGMENT_BYTES = 1 << 30
 NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 
 
 class Buffer:
-    """`nbytes` of page-aligned memory allocated by MLX; `.bytes` is a writable numpy alias, `.array` the MLX one.
-
-    Never use in-place MLX operators on `.array`: MLX would move it to a new allocation and the alias would go stale.
-    """
+    """`nbytes` (below 2 GiB) of page-aligned memory allocated by MLX; `.bytes` is a writable numpy alias of it."""
 
     def __init__(self, nbytes: int) -> None:
         import mlx.core as mx
@@ -39,7 +36,6 @@ class Buffer:
         whole = np.array(self._base, copy=False)
         start = -whole.ctypes.data % ALIGNMENT
         self.bytes: np.ndarray = whole[start : start + nbytes]
-        self.array: mx.array = self._base[start : start + nbytes]
         self.nbytes = nbytes
 
     @property
@@ -77,25 +73,38 @@ class Weight:
         return self.data.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the file in memory: the byte at file offset `start` is byte 0 of the buffer."""
+
+    start: int
+    buffer: Buffer
+
+
 class ResidentStore:
-    """Every resident tensor of a pack, read into one buffer. Raises PackError for a missing tensor."""
+    """Every resident tensor of a pack, read into a few buffers. Raises PackError for a missing tensor.
+
+    More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one.
+    """
 
     def __init__(self, manifest: Manifest, header: Header, pool: ReadPool, file: FlashFile) -> None:
         self._manifest = manifest
         self._tensors = header.tensors
-        self._origin = header.data_offset
-        size = max((t.end for t in header.tensors.values()), default=self._origin) - self._origin
-        self.nbytes = size
-        self._buffer = Buffer(-(-size // ALIGNMENT) * ALIGNMENT)
-        if size:
-            self._read(pool, file, size)
+        self._segment_of: dict[str, Segment] = {}
+        for group in _grouped(sorted(header.tensors.values(), key=lambda t: t.begin)):
+            segment = self._read(pool, file, group[0].begin, group[-1].end)
+            self._segment_of.update({info.name: segment for info in group})
 
-    def _read(self, pool: ReadPool, file: FlashFile, size: int) -> None:
-        starts = np.arange(0, size, READ_BYTES, dtype=np.int64)
-        needs = np.minimum(size - starts, READ_BYTES)
+    def _read(self, pool: ReadPool, file: FlashFile, begin: int, end: int) -> Segment:
+        """Read the file from `begin`, rounded down to a page, to `end`."""
+        start = begin // ALIGNMENT * ALIGNMENT
+        segment = Segment(start, Buffer(-(-(end - start) // ALIGNMENT) * ALIGNMENT))
+        starts = np.arange(0, end - start, READ_BYTES, dtype=np.int64)
+        needs = np.minimum(end - start - starts, READ_BYTES)
         lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
-        with pool.submit(file, self._origin + starts, lengths, needs, self._buffer.address + starts) as batch:
+        with pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts) as batch:
             batch.wait()
+        return segment
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -107,7 +116,8 @@ class ResidentStore:
             raise PackError(
                 f"{self._manifest.resident_path}: tensor {name!r} is missing; convert the checkpoint again with --force"
             )
-        raw = self._buffer.bytes[info.begin - self._origin : info.end - self._origin]
+        segment = self._segment_of[name]
+        raw = segment.buffer.bytes[info.begin - segment.start : info.end - segment.start]
         return raw.view(NUMPY_TYPES[info.dtype]).reshape(info.shape)
 
     def weight(self, base: str) -> Weight:
@@ -125,3 +135,21 @@ class ResidentStore:
         if name not in self:
             return None
         return Weight(name, self._tensors[name].dtype, self.tensor(name)).float32()
+
+
+def resident_bytes(file_bytes: int) -> int:
+    """Memory for a resident file of this size: each of its segments is rounded out to pages at both ends."""
+    segments = 1 + file_bytes // (SEGMENT_BYTES // 2)  # two neighbouring groups exceed SEGMENT_BYTES together
+    return file_bytes + 3 * ALIGNMENT * segments
+
+
+def _grouped(tensors: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
+    """Neighbours in the file, together at most SEGMENT_BYTES; a larger tensor is a group of its own."""
+    group: list[TensorInfo] = []
+    for info in tensors:
+        if group and info.end - group[0].begin > SEGMENT_BYTES:
+            yield group
+            group = []
+        group.append(info)
+    if group:
+        yield group

@@ -279,3 +279,12 @@ def test_a_pack_replaced_while_it_is_opened_is_seen_old_or_new_never_mixed(
     monkeypatch.setattr(opening, "load_tokenizer", replaced)
     assert np.array_equal(run(path, slots=64), expected)
     assert len(calls) == 2
+
+
+def test_resident_weights_in_many_segments_are_the_same(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashsparse import weights
+
+    expected = run(pack, slots=64)
+    monkeypatch.setattr(weights, "SEGMENT_BYTES", 20_000)
+    for mode in ("direct", "buffered"):
+        assert np.array_equal(run(pack, slots=64, read_mode=mode), expected)
