@@ -98,8 +98,9 @@ class Session:
         self._check_open()
         ids = self._checked(self._encode(prompt))
         sampler = Sampler(temp, top_p, top_k, seed, self._engine.manifest.vocab_size)
-        self._epoch += 1
-        return self._generate(ids, max_tokens, sampler, self._epoch)
+        with self._engine.step():  # refused while another thread's generation is in a step
+            self._epoch += 1
+            return self._generate(ids, max_tokens, sampler, self._epoch)
 
     def clear(self) -> None:
         """Forget the conversation; records in memory stay."""
