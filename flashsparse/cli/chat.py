@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from flashsparse.arguments import shown
 from flashsparse.cli.conversation import Conversation
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack, state_dir
@@ -82,8 +83,12 @@ class Chat:
                 return
             try:
                 self.command(text.strip()) if text.startswith("/") else self.answer(text)
-            except (FlashSparseError, OSError) as error:
-                click.echo(f"flashsparse: {' '.join(str(error).split())}", err=True)
+            except BrokenPipeError:  # nobody reads the replies
+                raise
+            except KeyboardInterrupt:
+                click.echo("(stopped)", err=True)
+            except Exception as error:  # whatever went wrong, the conversation is still there
+                click.echo(f"flashsparse: {_one_line(error)}", err=True)
 
     def answer(self, text: str) -> None:
         """Stream one reply. The first Ctrl-C ends it after the current token, a second one at once."""
@@ -140,12 +145,16 @@ class Chat:
             return
         if name not in _NUMBERS:
             raise UsageError(f"{name!r} is not a setting; expected system or {', '.join(_NUMBERS)}")
+        from flashsparse.sampling import check_sampling
+
         number: Any
         try:
             number = None if name == "seed" and value in ("", "none") else _NUMBERS[name](value)
         except ValueError:
-            raise UsageError(f"{name} takes a number, found {value!r}") from None
-        self.sampling = replace(self.sampling, **{name.replace("-", "_"): number})
+            raise UsageError(f"{name} takes a number, found {shown(value)}") from None
+        change = {name.replace("-", "_"): number}
+        check_sampling(**vars(replace(Sampling(), **change)))  # the other settings may be the command line's mistake
+        self.sampling = replace(self.sampling, **change)
 
     def do_show(self, _: str) -> None:
         for name, value in vars(self.sampling).items():
@@ -158,7 +167,15 @@ class Chat:
 def _file(name: str, command: str) -> Path:
     if not name:
         raise UsageError(f"{command} needs a file name")
-    return Path(name).expanduser()
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~ and a user that does not exist
+        raise UsageError(f"{command} {name}: {error}") from error
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, FlashSparseError | OSError) else f"{type(error).__name__}: {text}"
 
 
 def read_message() -> str | None:

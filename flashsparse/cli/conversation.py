@@ -55,9 +55,15 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Write the session to `path` and its turns beside it."""
+        if not path.name:
+            raise UsageError(f"{path} names no file")
         self.session.save(path)
         turns = {"system": self.system, "messages": self.messages}
-        _turns_path(path).write_text(json.dumps(turns, indent=1), encoding="utf-8")
+        beside = _turns_path(path)
+        try:
+            beside.write_text(json.dumps(turns, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise SessionError(f"{beside}: the turns could not be saved: {error.strerror or error}") from error
 
     def load(self, path: Path) -> None:
         """Replace the conversation by a saved one."""
@@ -97,12 +103,19 @@ def _turns_path(path: Path) -> Path:
 
 
 def _read_turns(path: Path) -> tuple[str | None, list[dict[str, str]]]:
+    if not path.name:
+        raise UsageError(f"{path} names no file")
     turns = _turns_path(path)
-    if not turns.exists():
-        return None, []
     try:
         saved = json.loads(turns.read_text(encoding="utf-8"))
         messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in saved["messages"]]
-        return saved["system"], messages
-    except (ValueError, KeyError, TypeError) as error:
+        system = saved["system"]
+        if not isinstance(system, str | None):
+            raise TypeError(f"system is {type(system).__name__}")
+        return system, messages
+    except FileNotFoundError:
+        return None, []
+    except OSError as error:
+        raise SessionError(f"{turns}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SessionError(f"{turns}: not the turns of a saved chat: {error}") from error
