@@ -346,13 +346,32 @@ class TestRefusals:
         ("field", "value"),
         [("hidden_size", 0), ("hidden_size", "64"), ("hidden_size", True), ("hidden_size", 60), ("vocab_size", 1.5),
          ("num_key_value_heads", 3), ("rms_norm_eps", 0), ("rms_norm_eps", "1e-5"), ("tie_word_embeddings", 1),
-         ("hidden_act", 3), ("eos_token_id", "</s>"), ("rope_scaling", "linear"), ("attention_bias", None)],
+         ("hidden_act", 3), ("eos_token_id", "</s>"), ("rope_scaling", "linear"), ("attention_bias", None),
+         ("max_position_embeddings", 2**31 + 1), ("rope_theta", 10**400), ("eos_token_id", 2**70),
+         ("rope_scaling", {"rope_type": "linear", "factor": float("inf")})],
     )  # fmt: skip
     def test_wrong_types(self, field: str, value: Any) -> None:
         if value is None:
             assert config(**{field: value})[field] is False
         else:
             refused(field, error=CheckpointError, **{field: value})
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("beta_fast", "32"), ("beta_slow", -1), ("factor", True), ("original_max_position_embeddings", "512")],
+    )
+    def test_wrong_types_in_yarn(self, field: str, value: Any) -> None:
+        yarn = {"rope_type": "yarn", "factor": 2.0}
+        refused(field, error=CheckpointError, rope_scaling=yarn | {field: value})
+        assert config(rope_scaling=yarn | {"beta_fast": None})["rope_scaling"]["beta_fast"] == 32.0
+
+    def test_yarn_needs_a_base_with_a_logarithm(self) -> None:
+        refused("rope_theta", error=CheckpointError, rope_theta=1.0, rope_scaling={"rope_type": "yarn", "factor": 2.0})
+
+    def test_wrong_type_of_the_original_length(self) -> None:
+        scaling = {"rope_type": "yarn", "factor": 2.0}
+        name = "original_max_position_embeddings"
+        refused(name, error=CheckpointError, rope_scaling=scaling, **{name: "512"})
 
     def test_odd_head_dimension(self) -> None:
         refused("head_dim", head_dim=7)
