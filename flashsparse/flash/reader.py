@@ -7,6 +7,7 @@ memory it reads into is never written after release. What is read where is the c
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from flashsparse.errors import FlashReadError, NativeLibraryError
+from flashsparse.errors import FlashReadError, NativeLibraryError, SessionError
 from flashsparse.flash.file import FlashFile
 from flashsparse.native.library import CReadError, lib
 
@@ -35,15 +36,31 @@ class Counters:
 
 
 class ReadPool:
-    """`threads` native threads that read. Thread-safe; batches are served in the order they were submitted."""
+    """`threads` native threads that read. Thread-safe; batches are served in the order they were submitted.
+
+    Belongs to the process that made it: a fork has none of the threads, and using it there raises SessionError.
+    """
 
     def __init__(self, threads: int = 16) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.threads, self.closed = threads, False
-        self.handle = lib().fs_pool_create(threads)
-        if not self.handle:
+        self._process, self._numbers = os.getpid(), itertools.count(1)
+        self._handle = lib().fs_pool_create(threads)
+        if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} read threads")
+
+    @property
+    def forked(self) -> bool:
+        """Whether this is another process than the one that made the pool."""
+        return self._process != os.getpid()
+
+    @property
+    def handle(self) -> int:
+        """What the library knows the pool by. Raises SessionError in a fork."""
+        if self.forked:
+            raise SessionError("the read threads were created before fork; load the pack again in this process")
+        return self._handle
 
     def submit(
         self,
@@ -56,8 +73,9 @@ class ReadPool:
         """Start reading `lengths` bytes at file `offsets` into addresses `dests`, arrays of n integers each.
 
         files: one for all reads, or one for each. Of every read `needs` bytes must arrive; the rest may lie beyond the
-        end of the file. The memory must stay until the batch is released. Raises ValueError for impossible requests,
-        FlashReadError when a file is closed.
+        end of the file. The memory must stay until the batch is released; unfinished batches that read into the same
+        stretch of memory are waited for. Raises ValueError for impossible requests, FlashReadError when the memory for
+        bookkeeping is lacking.
         """
         if self.closed:
             raise ValueError("this read pool is closed")
@@ -69,10 +87,15 @@ class ReadPool:
         if len(each) != n or (n and _impossible(reads)):
             raise ValueError(f"{n} reads: {len(each)} files; offsets and needs must be in range, needs <= lengths")
         reads["fd"] = files.fd if isinstance(files, FlashFile) else [file.fd for file in each]
-        batch = lib().fs_pool_submit(self.handle, reads.ctypes.data, n)
-        if batch < 0:
-            raise FlashReadError(f"cannot submit {n} reads: {os.strerror(-batch)}", "", 0, 0, int(-batch))
-        return Batch(self, batch, each, reads)
+        batch = Batch(self, next(self._numbers), each, reads)
+        try:  # the batch knows its number before it begins, so that no interrupt leaves reads that nobody can release
+            failed = -lib().fs_pool_submit(self.handle, batch.number, reads.ctypes.data, n)
+            if failed:
+                raise FlashReadError(f"cannot submit {n} reads: {os.strerror(failed)}", "", 0, 0, failed)
+            return batch
+        except BaseException:
+            batch.release()
+            raise
 
     @property
     def counters(self) -> Counters:
@@ -83,12 +106,13 @@ class ReadPool:
     def close(self) -> None:
         """Drop waiting reads, wait for those in flight, stop the threads. Later uses of its batches fail."""
         self.closed = True
-        lib().fs_pool_stop(self.handle)
+        if not self.forked:
+            lib().fs_pool_stop(self._handle)
 
     def __del__(self) -> None:
         # Only here is nobody inside a call: batches keep their pool.
-        if getattr(self, "handle", None):
-            lib().fs_pool_destroy(self.handle)
+        if getattr(self, "_handle", None) and not self.forked:
+            lib().fs_pool_destroy(self._handle)
 
     def __enter__(self) -> ReadPool:
         return self
@@ -111,8 +135,10 @@ def _impossible(reads: np.ndarray) -> bool:
 class Batch:
     """Reads submitted together; their indices are positions in the submitted arrays. Release it, or use `with`."""
 
-    def __init__(self, pool: ReadPool, batch: int, files: list[FlashFile], reads: np.ndarray) -> None:
-        self._pool, self._id, self._files, self._reads = pool, batch, files, reads
+    _open = False  # until it is made, should an interrupt come before
+
+    def __init__(self, pool: ReadPool, number: int, files: list[FlashFile], reads: np.ndarray) -> None:
+        self.number, self._pool, self._files, self._reads = number, pool, files, reads
         self._open = True
 
     def __len__(self) -> int:
@@ -126,7 +152,7 @@ class Batch:
         if not self._open:
             raise ValueError("this batch is released")
         done = np.empty(len(self._reads), np.int32)
-        count = lib().fs_pool_take(self._pool.handle, self._id, done.ctypes.data, len(done))
+        count = lib().fs_pool_take(self._pool.handle, self.number, done.ctypes.data, len(done))
         if count == FAILED:
             raise self._error()
         if count == UNKNOWN:
@@ -140,7 +166,7 @@ class Batch:
 
     def _error(self) -> FlashReadError:
         error = CReadError()
-        lib().fs_pool_error(self._pool.handle, self._id, ctypes.byref(error))
+        lib().fs_pool_error(self._pool.handle, self.number, ctypes.byref(error))
         read, path = self._reads[error.index], self._files[error.index].path
         offset, need = int(read["offset"]), int(read["need"])
         what = os.strerror(error.error) if error.error else f"the file ends after {error.got} of them"
@@ -151,8 +177,9 @@ class Batch:
     def release(self) -> None:
         """Drop the reads nobody has begun and wait for those in flight; the memory is free afterwards. Idempotent."""
         if self._open:
-            self._open = False
-            lib().fs_pool_release(self._pool.handle, self._id)
+            if not self._pool.forked:
+                lib().fs_pool_release(self._pool.handle, self.number)
+            self._open = False  # last: after an interrupt the next release does it
 
     def __enter__(self) -> Batch:
         return self

@@ -7,11 +7,12 @@ caller's arrays. Addresses handed in (weights, records) must stay alive during t
 from __future__ import annotations
 
 import ctypes
+import os
 from types import TracebackType
 
 import numpy as np
 
-from flashsparse.errors import NativeLibraryError
+from flashsparse.errors import NativeLibraryError, SessionError
 from flashsparse.native.library import CMatrix, CRecord, lib
 
 DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8": 3, "Q4": 4}
@@ -23,27 +24,38 @@ _CACHE_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16"
 
 
 class Workers:
-    """Compute threads, the caller's among them. One call at a time uses them; use as a context manager or close()."""
+    """Compute threads, the caller's among them. One call at a time uses them; use as a context manager or close().
+
+    Belongs to the process that made it: a fork has none of the threads, and using it there raises SessionError.
+    """
 
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        self.threads = threads
+        self.threads, self.closed, self._process = threads, False, os.getpid()
         self._handle = lib().fs_workers_create(threads)
         if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} compute threads")
 
     @property
     def handle(self) -> int:
-        if not self._handle:
+        """What the library knows them by. Raises ValueError when closed, SessionError in a fork."""
+        if self._process != os.getpid():
+            raise SessionError("the compute threads were created before fork; load the pack again in this process")
+        if self.closed:
             raise ValueError("these workers are closed")
         return self._handle
 
     def close(self) -> None:
-        """Stop the threads. No call may be running."""
-        handle, self._handle = self._handle, None
-        if handle:
-            lib().fs_workers_destroy(handle)
+        """Wait for a call that another thread is inside, then stop the threads. Idempotent; later calls are refused."""
+        self.closed = True
+        if self._process == os.getpid():
+            lib().fs_workers_stop(self._handle)
+
+    def __del__(self) -> None:
+        # Only here is nobody inside a call: a caller holds the workers.
+        if getattr(self, "_handle", None) and self._process == os.getpid():
+            lib().fs_workers_destroy(self._handle)
 
     def __enter__(self) -> Workers:
         return self

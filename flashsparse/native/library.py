@@ -11,7 +11,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -62,6 +62,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_isa": (c_char_p, []),
     "fs_set_isa": (c_int32, [c_char_p]),
     "fs_workers_create": (c_void_p, [c_int32]),
+    "fs_workers_stop": (None, [c_void_p]),
     "fs_workers_destroy": (None, [c_void_p]),
     "fs_linear": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_gather": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),
@@ -82,7 +83,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_pool_create": (c_void_p, [c_int32]),
     "fs_pool_stop": (None, [c_void_p]),
     "fs_pool_destroy": (None, [c_void_p]),
-    "fs_pool_submit": (c_int64, [c_void_p, c_void_p, c_int64]),
+    "fs_pool_submit": (c_int64, [c_void_p, c_int64, c_void_p, c_int64]),
     "fs_pool_take": (c_int64, [c_void_p, c_int64, c_void_p, c_int64]),
     "fs_pool_error": (c_int32, [c_void_p, c_int64, POINTER(CReadError)]),
     "fs_pool_release": (None, [c_void_p, c_int64]),

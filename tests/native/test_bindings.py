@@ -109,5 +109,5 @@ def test_missing_and_foreign_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_interface_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI_VERSION", 0)
-    with pytest.raises(NativeLibraryError, match="interface version 1, expected 0"):
+    with pytest.raises(NativeLibraryError, match="interface version 2, expected 0"):
         library.lib.__wrapped__()

@@ -83,6 +83,7 @@ fs_workers* fs_workers_create(int32_t threads) {
     }
 }
 
+void fs_workers_stop(fs_workers* workers) { workers->stop(); }
 void fs_workers_destroy(fs_workers* workers) { delete workers; }
 
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
@@ -109,8 +110,10 @@ void fs_attention(fs_workers* workers, const float* q, const void* k, const void
     int64_t span = window > 0 && window < offset + T ? window : offset + T;
     Attention job{q, (const uint8_t*)k, (const uint8_t*)v, format_of(hd, kv_dtype, kv_dtype, 0), T, H, KVH,
                   capacity, offset, window, head_block, token_block, span, scale, out};
+    // Scratch grows in steps, not by a key on every decode step, and never beyond what the full cache takes.
+    int64_t room = between(span, round_up(span, 1024), window > 0 && window < capacity ? window : capacity);
     workers->run(chosen().load()->attention, &job, KVH * pieces(group, head_block) * pieces(T, token_block),
-                 size_t(kQueryBlock * span + kKeyBlock * hd));
+                 size_t(kQueryBlock * room + kKeyBlock * hd));
 }
 
 void fs_kv_append(const float* k, void* cache, int32_t kv_dtype, int64_t T, int64_t KVH, int64_t hd, int64_t capacity,

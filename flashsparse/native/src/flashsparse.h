@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 1
+#define FS_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -44,7 +44,8 @@ FS_API int32_t fs_set_isa(const char* name);    // 0, or -1 when this machine or
 
 // `threads` counts the calling thread. One call at a time works on a set of workers; further callers wait.
 FS_API fs_workers* fs_workers_create(int32_t threads);
-FS_API void fs_workers_destroy(fs_workers*);
+FS_API void fs_workers_stop(fs_workers*);     // waits for the call in progress, ends the threads; later calls work alone
+FS_API void fs_workers_destroy(fs_workers*);  // stops it; no call may be inside
 
 // y[T, rows] = x[T, cols] W^T + bias. Each value's bits depend on its row, its token and the variant only.
 FS_API void fs_linear(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y);
@@ -90,12 +91,14 @@ typedef struct {
 FS_API fs_pool* fs_pool_create(int32_t threads);  // NULL when the threads cannot be started
 FS_API void fs_pool_stop(fs_pool*);     // drops waiting reads, waits for those in flight; wakes whoever takes
 FS_API void fs_pool_destroy(fs_pool*);  // stops it; no call may be inside
-FS_API int64_t fs_pool_submit(fs_pool*, const fs_read*, int64_t n);  // batch > 0, or -errno
+// Starts batch number `batch`, which the caller chooses and never uses twice, so that it can release the batch whatever
+// happens to this call. Waits for unfinished batches that read into the same stretch of memory. 0, or -errno.
+FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n);
 // Blocks until a read of the batch is finished; writes at most max indices, returns how many. 0: all are taken.
 // -1: a read failed (no read of the batch is in flight any more). -2: no such batch, or the pool was stopped.
 FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max);
 FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1 and *out, or 0
-FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight
+FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
 FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // reads, bytes needed, bytes arrived, busy ns over threads
 
 #ifdef __cplusplus

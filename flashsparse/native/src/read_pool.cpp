@@ -56,14 +56,21 @@ Outcome read_fully(const fs_read& r) {
 }
 
 struct Batch {
-    explicit Batch(const fs_read* first, int64_t n) : reads(first, first + n), waiting(n) {}
+    explicit Batch(const fs_read* first, int64_t n) : reads(first, first + n), waiting(n) {
+        for (const fs_read& read : reads) {
+            auto at = reinterpret_cast<uintptr_t>(read.dest);
+            low = std::min(low, at), high = std::max(high, at + uintptr_t(read.length));
+        }
+    }
     std::vector<fs_read> reads;
     std::vector<int32_t> done;  // finished, not yet taken
     int64_t next = 0, waiting, in_flight = 0;
     bool failed = false;
     fs_read_error error{};
     std::condition_variable changed;
+    uintptr_t low = UINTPTR_MAX, high = 0;  // all destinations lie within
 
+    bool overlaps(const Batch& other) const { return low < other.high && other.low < high; }
     bool finished() const { return waiting == 0 && in_flight == 0; }
 };
 
@@ -76,7 +83,7 @@ struct fs_pool {
     fs_pool(const fs_pool&) = delete;
     fs_pool& operator=(const fs_pool&) = delete;
 
-    int64_t submit(const fs_read* reads, int64_t n);
+    void submit(int64_t id, const fs_read* reads, int64_t n);
     int64_t take(int64_t id, int32_t* done, int64_t max);
     bool error(int64_t id, fs_read_error* out);
     void release(int64_t id);
@@ -85,6 +92,7 @@ struct fs_pool {
 
   private:
     void work();
+    void await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch);
     void drop_waiting(Batch& batch);
     void record(Batch& batch, int64_t index, const Outcome& outcome, int64_t nanoseconds);
     std::shared_ptr<Batch> find(int64_t id);
@@ -94,7 +102,7 @@ struct fs_pool {
     std::deque<std::shared_ptr<Batch>> queue_;  // batches that have reads nobody has begun
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
-    int64_t last_id_ = 0, reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
+    int64_t reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
     bool stop_ = false;
 };
 
@@ -125,16 +133,26 @@ void fs_pool::stop() {
     for (auto& thread : threads) thread.join();
 }
 
-int64_t fs_pool::submit(const fs_read* reads, int64_t n) {
+// A batch that its owner lost, interrupted before it could release it, must not write into memory that is used again.
+void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch) {
+    auto in_the_way = [&](auto& entry) { return !entry.second->finished() && entry.second->overlaps(batch); };
+    while (true) {
+        auto it = std::find_if(batches_.begin(), batches_.end(), in_the_way);
+        if (it == batches_.end()) return;
+        std::shared_ptr<Batch> earlier = it->second;
+        earlier->changed.wait(lock, [&] { return earlier->finished(); });
+    }
+}
+
+void fs_pool::submit(int64_t id, const fs_read* reads, int64_t n) {
     auto batch = std::make_shared<Batch>(reads, n);
     batch->done.reserve(size_t(n));
-    std::lock_guard<std::mutex> lock(mutex_);
-    int64_t id = ++last_id_;
+    std::unique_lock<std::mutex> lock(mutex_);
+    await_memory(lock, *batch);
     batches_[id] = batch;
     if (n > 0) queue_.push_back(batch);
     if (n >= int64_t(threads_.size())) work_.notify_all();
     else for (int64_t i = 0; i < n; i++) work_.notify_one();
-    return id;
 }
 
 void fs_pool::work() {
@@ -232,9 +250,10 @@ fs_pool* fs_pool_create(int32_t threads) {
 void fs_pool_stop(fs_pool* pool) { pool->stop(); }
 void fs_pool_destroy(fs_pool* pool) { delete pool; }
 
-int64_t fs_pool_submit(fs_pool* pool, const fs_read* reads, int64_t n) {
+int64_t fs_pool_submit(fs_pool* pool, int64_t batch, const fs_read* reads, int64_t n) {
     try {
-        return pool->submit(reads, n);
+        pool->submit(batch, reads, n);
+        return 0;
     } catch (...) {
         return -ENOMEM;
     }

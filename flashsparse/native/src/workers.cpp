@@ -19,17 +19,25 @@ fs_workers::fs_workers(int threads) : scratch_(size_t(threads)) {
     for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
 }
 
-fs_workers::~fs_workers() {
+fs_workers::~fs_workers() { stop(); }
+
+void fs_workers::stop() {
+    std::lock_guard<std::mutex> lock(caller_);
     stop_ = true;
     generation_++;
-    { std::lock_guard<std::mutex> lock(sleep_); }
+    { std::lock_guard<std::mutex> guard(sleep_); }
     wake_.notify_all();
     for (auto& helper : helpers_) helper.join();
+    helpers_.clear();
+    for (auto& memory : scratch_) std::vector<float>().swap(memory);
 }
 
 float* fs_workers::scratch(int index) {
     auto& memory = scratch_[size_t(index)];
-    if (memory.size() < scratch_floats_ + 16) memory = std::vector<float>(scratch_floats_ + 16);
+    if (memory.size() < scratch_floats_ + 16) {
+        std::vector<float>().swap(memory);  // freed before the larger one is made, not after
+        memory.resize(scratch_floats_ + 16);
+    }
     auto address = reinterpret_cast<uintptr_t>(memory.data());
     return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }

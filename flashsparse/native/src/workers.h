@@ -19,9 +19,11 @@ struct fs_workers {
     fs_workers(const fs_workers&) = delete;
     fs_workers& operator=(const fs_workers&) = delete;
 
+    // Waits for the run in progress and ends the threads. A run that comes later is done by its caller alone.
+    void stop();
     // Runs all tasks and returns when they are done. Each thread brings `scratch` floats of its own.
     void run(Task function, const void* context, int64_t tasks, size_t scratch);
-    int threads() const { return int(helpers_.size()) + 1; }
+    int threads() const { return int(scratch_.size()); }
 
   private:
     void help(int index);
