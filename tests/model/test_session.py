@@ -357,7 +357,7 @@ def test_saving_and_loading_need_no_second_cache_and_close_frees_the_first(tmp_p
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     kv, grown, freed = map(int, done.stdout.split())
     assert grown < kv / 8
-    assert freed > kv
+    assert freed > 0.9 * kv
 
 
 # Arguments
