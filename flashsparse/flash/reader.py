@@ -113,6 +113,7 @@ class ReadPool:
         # Only here is nobody inside a call: batches keep their pool.
         if getattr(self, "_handle", None) and not self.forked:
             lib().fs_pool_destroy(self._handle)
+            self._handle = None  # when both are collected in a cycle, a batch may be finalized after its pool
 
     def __enter__(self) -> ReadPool:
         return self
@@ -177,7 +178,7 @@ class Batch:
     def release(self) -> None:
         """Drop the reads nobody has begun and wait for those in flight; the memory is free afterwards. Idempotent."""
         if self._open:
-            if not self._pool.forked:
+            if self._pool._handle and not self._pool.forked:
                 lib().fs_pool_release(self._pool.handle, self.number)
             self._open = False  # last: after an interrupt the next release does it
 
