@@ -387,7 +387,7 @@ Text: Project Gutenberg books (public domain in the US) and TinyStories (CDLA-Sh
 ## Make it again
 
     python bench/demo_model/train.py --books books-train.txt.zst --stories tinystories-train.txt.zst \\
-        --valid books-valid.txt.zst --work WORK --out OUT
+        --valid books-valid.txt.zst --work WORK --out OUT --minutes {recipe.minutes:g} --l1 {recipe.l1:g}
 """
 
 
