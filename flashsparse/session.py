@@ -11,12 +11,13 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse import saved
 from flashsparse.arguments import token_ids
+from flashsparse.detokenize import Detokenizer
 from flashsparse.errors import ContextLengthError, SessionError, UsageError
 from flashsparse.sampling import Sampler, check_sampling
 from flashsparse.stats import Stats
@@ -154,12 +155,12 @@ class Session:
     def _generate(self, ids: list[int], max_tokens: int, sample: Sampler, epoch: int) -> Iterator[Piece]:
         """A token's time is everything between being asked for it and handing it out."""
         engine, stats = self._engine, self._engine.new_stats()
-        text = _Detokenizer(engine.tokenizer)
+        text = Detokenizer(engine.tokenizer, [*self._tokens, *ids])
         for count in range(1, max_tokens + 1):
             began, before = time.perf_counter(), engine.counters.copy()
             token = self._next(ids if count == 1 else [], sample, epoch)
             reason = "stop" if token in engine.end_tokens else "length" if count == max_tokens else None
-            segment = text.last(token, reason)
+            segment = text.add(token, reason)
             stats.generation_tokens = count
             stats.peak_memory_bytes = engine.peak_memory()
             engine.counters.seconds += time.perf_counter() - began
@@ -236,22 +237,3 @@ class Session:
         self._check_open()
         if epoch != self._epoch:
             raise SessionError("the conversation was changed since this generation began; call generate() again")
-
-
-class _Detokenizer:
-    """Text of tokens as they come, by the tokenizer's streaming detokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._stream = tokenizer.detokenizer if tokenizer is not None else None
-        if self._stream is not None:
-            self._stream.reset()
-
-    def last(self, token: int, reason: str | None) -> str:
-        """The text that this token completes; an end token itself has none."""
-        if self._stream is None:
-            return ""
-        if reason != "stop":
-            self._stream.add_token(token)
-        if reason:
-            self._stream.finalize()
-        return str(self._stream.last_segment)
