@@ -50,9 +50,7 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def decode(
-    engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list[list[int]] | None
-) -> dict[str, Any]:
+def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list[list[int]] | None) -> dict[str, Any]:
     """Prefill `prompt` tokens, then decode the rest one by one; the first decoded token is not timed apart."""
     sets: list[list[np.ndarray]] = []
     digest = hashlib.sha256()

@@ -116,6 +116,7 @@ class Engine:
         from flashsparse.opening import open_pack
 
         self.counters = Counters()
+        self._pid = os.getpid()
         self._lock = threading.Lock()  # held during a step, never between two
         self._owner: int | None = None  # the thread that holds it
         self._decoder: Decoder | None = None
@@ -186,7 +187,9 @@ class Engine:
 
     @contextmanager
     def step(self) -> Iterator[Decoder]:
-        """Hold the engine for one step of this thread. Raises SessionError when it is in use or closed."""
+        """Hold the engine for one step of this thread. Raises SessionError when it is in use, closed or forked."""
+        if os.getpid() != self._pid:
+            raise SessionError("the engine was loaded before a fork, and threads stay behind: load the pack again")
         if not self._lock.acquire(blocking=False):
             raise self._in_use()
         try:
