@@ -58,7 +58,7 @@ def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list
     def observe(layer: int, ids: np.ndarray) -> None:
         if layer == 0:
             sets.append([])
-        sets[-1].append(ids)
+        sets[-1].append(ids.astype(np.uint16 if ids.size == 0 or ids[-1] < 65536 else np.int32))
 
     with engine.session() as session:
         began = time.perf_counter()
@@ -73,6 +73,7 @@ def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list
             best.append(int(row.argmax()))
         seconds, cost = time.perf_counter() - began, engine.counters - before
         engine.observe(None)
+        peak = engine.peak_memory()  # before the figures below take memory of their own
     by_layer = [list(layer) for layer in zip(*sets, strict=True)]
     return {
         "decode_tps": len(best) / seconds,
@@ -81,7 +82,7 @@ def decode(engine: flashsparse.Engine, tokens: list[int], prompt: int, hot: list
         "measured": measure(by_layer, engine.manifest.intermediate_size, hot),
         **figures(cost, len(best)),
         "prefill_flash_bytes": prefill.flash_bytes,
-        "peak_memory_bytes": engine.peak_memory(),
+        "peak_memory_bytes": peak,
         "runtime_bytes": engine.runtime_bytes,
         "budget_bytes": engine.plan.budget,
         "slots": engine.plan.slots[0],

@@ -1,11 +1,12 @@
-"""Resident weights: one buffer that holds `resident.safetensors`, and a typed view for each tensor.
+"""Resident weights: the buffers that hold `resident.safetensors`, and a typed view for each tensor.
 
 Owns where resident bytes live and how they are addressed. Reading goes through `flash`; computing with them is the
-kernels' business. The buffer is allocated by MLX so that Metal can compute on the same bytes.
+kernels' business.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -26,21 +27,40 @@ NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": n
 
 
 class Buffer:
-    """`nbytes` (below 2 GiB) of page-aligned memory allocated by MLX; `.bytes` is a writable numpy alias of it."""
+    """`nbytes` (below 2 GiB) of page-aligned memory; `.bytes` is its numpy array, uint8.
+
+    With Metal it is MLX's, so that kernels can compute on it. Elsewhere it is an anonymous mapping: MLX would write
+    zeros through all of it on one thread, where reads touch it first and in parallel.
+    """
 
     def __init__(self, nbytes: int) -> None:
-        import mlx.core as mx
-
-        self._base = mx.zeros((nbytes + ALIGNMENT,), dtype=mx.uint8)
-        mx.eval(self._base)
-        whole = np.array(self._base, copy=False)
-        start = -whole.ctypes.data % ALIGNMENT
-        self.bytes: np.ndarray = whole[start : start + nbytes]
+        self.bytes: np.ndarray = _mlx_memory(nbytes) if _has_metal() else _mapped_memory(nbytes)
         self.nbytes = nbytes
 
     @property
     def address(self) -> int:
         return self.bytes.ctypes.data
+
+
+def _has_metal() -> bool:
+    import mlx.core as mx
+
+    return bool(mx.metal.is_available())
+
+
+def _mapped_memory(nbytes: int) -> np.ndarray:
+    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
+
+
+def _mlx_memory(nbytes: int) -> np.ndarray:
+    """A writable alias of an MLX array, which it keeps alive."""
+    import mlx.core as mx
+
+    base = mx.zeros((nbytes + ALIGNMENT,), dtype=mx.uint8)
+    mx.eval(base)
+    whole = np.array(base, copy=False)
+    start = -whole.ctypes.data % ALIGNMENT
+    return whole[start : start + nbytes]
 
 
 @dataclass(frozen=True)

@@ -288,3 +288,11 @@ def test_resident_weights_in_many_segments_are_the_same(pack: Path, monkeypatch:
     monkeypatch.setattr(weights, "SEGMENT_BYTES", 20_000)
     for mode in ("direct", "buffered"):
         assert np.array_equal(run(pack, slots=64, read_mode=mode), expected)
+
+
+def test_buffers_that_mlx_allocates_serve_as_well(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashsparse import weights
+
+    expected = run(pack, slots=64)
+    monkeypatch.setattr(weights, "_has_metal", lambda: True)
+    assert np.array_equal(run(pack, slots=64), expected)
