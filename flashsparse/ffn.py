@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,10 +92,6 @@ class StreamedFFN:
     slab: Buffer | None = None
     slot_bytes: int = 0
     observer: Callable[[np.ndarray], None] | None = None
-    _all: np.ndarray = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        self._all = np.arange(self.flash.records, dtype=np.int32)
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, d] float32 -> the FFN's output [T, d], valid until the next call of any layer."""
@@ -103,7 +99,7 @@ class StreamedFFN:
         y = self.scratch.out[: x.shape[0]]
         y[:] = 0
         if self.scoring is None:
-            self._stream(self._all, x, None, y)
+            self._stream(np.arange(self.flash.records, dtype=np.int32), x, None, y)
         else:
             self._sparse(x, y)
         if self.down_bias is not None:

@@ -5,6 +5,7 @@ mlx-lm lowers the limit of open files when it is imported, and an unprivileged p
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import resource
@@ -51,6 +52,7 @@ def import_mlx_lm(family: str) -> None:
         _run_bookkeeping()
 
 
+@functools.cache
 def _run_tiny_model() -> None:
     import mlx.core as mx
     from mlx_lm.models.llama import Model, ModelArgs
@@ -63,6 +65,7 @@ def _run_tiny_model() -> None:
     mx.eval(make_sampler(temp=1.0, top_p=0.9)(last - mx.logsumexp(last, axis=-1, keepdims=True)))
 
 
+@functools.cache
 def _run_bookkeeping() -> None:
     """What a step does in numpy, once: its loops are spread over a megabyte of numpy's code."""
     import numpy as np

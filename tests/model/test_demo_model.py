@@ -90,3 +90,26 @@ def test_bits_per_byte(vectors: dict[str, Any], pack: Path, budgets: dict[str, i
     log_sums = largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))
     nats = float((log_sums - logits[np.arange(len(logits)), tokens[1:]]).sum())
     assert nats / math.log(2) / vectors["text_bytes"] == pytest.approx(vectors["bits_per_byte"], abs=5e-5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's per-process I/O counters")
+@pytest.mark.parametrize("mode,counter", [("direct", "read_bytes"), ("buffered", "rchar")])
+def test_the_demo_counts_what_the_system_counts(pack: Path, budgets: dict[str, int], mode: str, counter: str) -> None:
+    with flashsparse.load(pack, dram=budgets["floor"], max_kv_size=CONTEXT, read_mode=mode) as engine:
+        if engine.read_mode != mode:
+            pytest.skip(f"this filesystem refuses {mode} reads")
+        assert max(engine.plan.slots) < engine.manifest.intermediate_size
+        with engine.session() as session:
+            session.logits([5, 6, 7])
+            counted, system = engine.counters.flash_bytes, _system(counter)
+            for token in range(20, 40):
+                session.logits([token])
+            counted, system = engine.counters.flash_bytes - counted, _system(counter) - system
+    # rchar also counts the reads of /proc/self/io itself.
+    assert counted > 0 and system > 0
+    assert counted <= system <= counted + 8192
+
+
+def _system(counter: str) -> int:
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(dict(line.split(": ") for line in lines)[counter])
