@@ -50,7 +50,8 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[str, np.ndarray]]) ->
 
 def _llama_config(family: str, h: int, i: int, layers: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
     names = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-    return {
+    scales = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": h // 4} if family == "minicpm" else {}
+    return scales | {
         "architectures": [names.get(family, "LlamaForCausalLM")],
         "model_type": family,
         "hidden_size": h,
@@ -202,8 +203,8 @@ def write_checkpoint(
 ) -> Path:
     """Writes a random checkpoint directory and returns it.
 
-    `family`: llama, mistral, qwen2, sparsellama, bamboo or opt; `dtype`: F32, F16 or BF16 (`norm_dtype` for the
-    normalization layers); `config`: more fields of config.json, such as head_dim, attention_bias, rope_scaling.
+    `family`: llama, mistral, qwen2, sparsellama, bamboo, minicpm or opt; `dtype`: F32, F16 or BF16 (`norm_dtype` for
+    the normalization layers); `config`: more fields of config.json, such as head_dim, attention_bias, rope_scaling.
     """
     path.mkdir(parents=True, exist_ok=True)
     if family == "opt":

@@ -160,6 +160,14 @@ def _window(config: dict[str, Any], layer: int) -> int | None:
     return window
 
 
+def _scales(config: dict[str, Any]) -> tuple[float, float, float]:
+    """What multiplies embeddings and each addition to the residual, and what divides the logits: MiniCPM's muP."""
+    if config["model_type"] != "minicpm":
+        return 1.0, 1.0, 1.0
+    residual = config["scale_depth"] / math.sqrt(config["num_hidden_layers"])
+    return config["scale_emb"], residual, config["hidden_size"] / config["dim_model_base"]
+
+
 def _llama(
     config: dict[str, Any],
     weights: dict[str, Array],
@@ -173,7 +181,8 @@ def _llama(
     size = config.get("head_dim") or config["hidden_size"] // heads
     frequencies, factor = _frequencies(_rope_settings(config), size)
     eps, length = config["rms_norm_eps"], len(tokens)
-    x = weights["model.embed_tokens.weight"][tokens]
+    embedding, residual, divisor = _scales(config)
+    x = embedding * weights["model.embed_tokens.weight"][tokens]
     for layer in range(config["num_hidden_layers"]):
         base = f"model.layers.{layer}"
         h = _rms(weights, f"{base}.input_layernorm", x, eps)
@@ -182,14 +191,15 @@ def _llama(
         v = _linear(weights, f"{base}.self_attn.v_proj", h).reshape(length, kv_heads, size)
         q, k = _rope(q, frequencies, factor), _rope(k, frequencies, factor)
         seen = _attend(q, round_to(k, kv_dtype), round_to(v, kv_dtype), _window(config, layer))
-        x = x + _linear(weights, f"{base}.self_attn.o_proj", seen.reshape(length, heads * size))
+        x = x + residual * _linear(weights, f"{base}.self_attn.o_proj", seen.reshape(length, heads * size))
         h = _rms(weights, f"{base}.post_attention_layernorm", x, eps)
         gate = act(_linear(weights, f"{base}.mlp.gate_proj", h))
         up = _linear(weights, f"{base}.mlp.up_proj", h)
         if active is not None:
             active.append(gate != 0)
-        x = x + _linear(weights, f"{base}.mlp.down_proj", gate * (np.maximum(up, 0) if double else up))
-    x = _rms(weights, "model.norm", x, eps)
+        hidden = gate * (np.maximum(up, 0) if double else up)
+        x = x + residual * _linear(weights, f"{base}.mlp.down_proj", hidden)
+    x = _rms(weights, "model.norm", x, eps) / divisor
     return x @ weights["model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"].T
 
 

@@ -17,7 +17,11 @@ from flashsparse.pack.config import LAYER_TYPES, MAX_POSITIONS, SOURCE_MODEL_TYP
 from flashsparse.pack.manifest import ACTIVATIONS, Activation
 
 SUPPORTED = tuple(sorted(name for names in SOURCE_MODEL_TYPES.values() for name in names))
-CUSTOM_CODE = ("bamboo", "sparsellama")  # published with their own code, which is never run: their mathematics is known
+CUSTOM_CODE = (
+    "bamboo",
+    "minicpm",
+    "sparsellama",
+)  # published with their own code, which is never run
 _ALIASES = {"swish": "silu", "relu_2": "relu2", "relu-squared": "relu2", "relu_squared": "relu2"}
 
 # transformers' defaults where they differ between the families that load as Llama
@@ -29,6 +33,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "mistral": {
         "vocab_size": 32000, "intermediate_size": 14336, "max_position_embeddings": 131072, "num_key_value_heads": 8,
         "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "minicpm": {
+        "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True,
     },
     "qwen2": {
         "vocab_size": 151936, "intermediate_size": 22016, "max_position_embeddings": 32768,
@@ -175,7 +183,7 @@ def _window(fields: Fields, base: str) -> int | None:
             return None
         return fields.integer("sliding_window", 4096) if used else None
     if fields.get("sliding_window") is not None:
-        fields.unsupported("sliding_window", fields.raw["sliding_window"], "null in a llama model")
+        fields.unsupported("sliding_window", fields.raw["sliding_window"], f"null in a {base} model")
     return None
 
 
@@ -185,9 +193,27 @@ def _biases(fields: Fields, base: str) -> tuple[bool, bool]:
         fields.get("attention_bias")  # not a field of Qwen2: q, k and v always have one
         return True, False
     attention, mlp = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
-    if base == "mistral" and (attention or mlp):
-        fields.unsupported("attention_bias" if attention else "mlp_bias", True, "false in a mistral model")
+    if (base == "mistral" and attention) or (base in ("mistral", "minicpm") and mlp):
+        name = "attention_bias" if base == "mistral" and attention else "mlp_bias"
+        fields.unsupported(name, True, f"false in a {base} model")
     return attention, mlp
+
+
+def _scales(fields: Fields, base: str, hidden: int, layers: int) -> dict[str, float]:
+    """The factors of MiniCPM's muP: on embeddings, on what each attention and FFN adds, and under the logits.
+
+    Source: MiniCPM's published modeling code. Its classes default all three to 1, which no checkpoint was trained
+    with, so that a configuration without them is refused.
+    """
+    if base != "minicpm":
+        return {}
+    if not fields.boolean("use_mup", True):
+        fields.unsupported("use_mup", False, "true")
+    return {
+        "embedding_multiplier": fields.number("scale_emb", None),
+        "residual_multiplier": fields.number("scale_depth", None) / math.sqrt(layers),
+        "logits_divisor": hidden / fields.integer("dim_model_base", None),
+    }
 
 
 def _llama(fields: Fields, model_type: str, override: Activation | None) -> NormalizedModel:
@@ -223,7 +249,8 @@ def _llama(fields: Fields, model_type: str, override: Activation | None) -> Norm
         "mlp_bias": mlp_bias,
         "layer_types": layer_types,
         "sliding_window": window,
-        **_common(fields, model_type, activation, vocab, defaults, tied=False),
+        **_scales(fields, base, hidden, layers),
+        **_common(fields, model_type, activation, vocab, defaults, defaults.get("tie_word_embeddings", False)),
     }
     return NormalizedModel(
         "llama", model_type, config, activation, True, layers, hidden, intermediate, vocab, heads, kv_heads, head_dim

@@ -34,6 +34,7 @@ NEUTRAL: dict[str, Any] = {
     "is_decoder": False,
     "is_encoder_decoder": False,
     "mlp_bias": False,
+    "num_experts": 0,
     "partial_rotary_factor": 1.0,
     "pruned_heads": {},
     "rope_interleaved": False,

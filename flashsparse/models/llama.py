@@ -1,7 +1,8 @@
-"""Llama, Mistral, Qwen2 and the sparse Llamas: mlx-lm's Llama with its FFN, linear layers and attention replaced.
+"""Llama, Mistral, Qwen2, MiniCPM and the sparse Llamas: mlx-lm's Llama, its FFN, linear layers and attention replaced.
 
 Leaves out configuration mapping (`models/config.py`) and everything about records. Sliding windows are applied by the
-attention module, per layer, because mlx-lm's model refuses one in which every layer slides.
+attention module, per layer, because mlx-lm's model refuses one in which every layer slides; MiniCPM's scales by the
+modules whose outputs they scale, because mlx-lm's Llama has none.
 """
 
 from __future__ import annotations
@@ -23,18 +24,20 @@ def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: 
     """Assemble the model from a normalized configuration and a pack's resident tensors."""
     args = llama.ModelArgs.from_dict({**config, "layer_types": None, "sliding_window": None})
     model = llama.Model(args)
+    scale = config.get("residual_multiplier", 1.0)
     for index, layer in enumerate(model.layers):
         base = f"model.layers.{index}"
         window = config["sliding_window"] if config["layer_types"][index] == "sliding_attention" else 0
         layer.self_attn = _attention(layer.self_attn, kernels, store, f"{base}.self_attn", window or 0)
-        layer.mlp = FFN(ffns[index])
+        layer.self_attn.scale = scale
+        layer.mlp = FFN(ffns[index], scale)
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
     norm(model.model.norm, store, "model.norm")
     embedding = store.weight("model.embed_tokens")
-    model.model.embed_tokens = Embedding(kernels, embedding)
+    model.model.embed_tokens = Embedding(kernels, embedding, config.get("embedding_multiplier", 1.0))
     head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
-    return Decoder(model.model, Linear(kernels, head))
+    return Decoder(model.model, Linear(kernels, head), config.get("logits_divisor", 1.0))
 
 
 def _attention(original: Any, kernels: Kernels, store: ResidentStore, base: str, window: int) -> Attention:

@@ -25,6 +25,11 @@ def as_numpy(x: mx.array) -> np.ndarray:
     return np.ascontiguousarray(flat.reshape(-1, flat.shape[-1]))
 
 
+def _scaled(values: np.ndarray, scale: float) -> np.ndarray:
+    """`values` (float32, the caller's own) times `scale`, in place."""
+    return values if scale == 1.0 else np.multiply(values, np.float32(scale), out=values)
+
+
 @dataclass(eq=False)
 class Linear:
     """x [1, T, cols] -> [1, T, rows]."""
@@ -44,23 +49,25 @@ class Linear:
 
 @dataclass(eq=False)
 class Embedding:
-    """ids [1, T] -> rows [1, T, cols] as float32."""
+    """ids [1, T] -> rows [1, T, cols] times `scale`, as float32."""
 
     kernels: Kernels
     weight: Weight
+    scale: float = 1.0
 
     def __call__(self, ids: mx.array) -> mx.array:
         wanted = np.array(ids, copy=False).reshape(-1).astype(np.int32)
         out = np.empty((len(wanted), self.weight.cols), np.float32)
         self.kernels.gather(self.weight, wanted, out)
-        return mx.array(out)[None]
+        return mx.array(_scaled(out, self.scale))[None]
 
 
 @dataclass(eq=False)
 class Attention:
     """Causal self-attention over a KVCache: mlx-lm's rotary embedding, our products; `window` 0 means no window.
 
-    Causality and the window are the kernel's, so the mask that mlx-lm's model passes is not needed.
+    Causality and the window are the kernel's, so the mask that mlx-lm's model passes is not needed. `scale` multiplies
+    what is added to the residual.
     """
 
     kernels: Kernels
@@ -73,6 +80,7 @@ class Attention:
     head_dim: int
     rope: Callable[..., mx.array] | None = None
     window: int = 0
+    scale: float = 1.0
 
     def __call__(self, x: mx.array, mask: Any = None, cache: KVCache | None = None) -> mx.array:
         assert cache is not None
@@ -83,7 +91,7 @@ class Attention:
         cache.append(k, v)
         out = np.empty_like(q)
         self.kernels.attention(q, cache, self.window, self.head_dim**-0.5, out)
-        return mx.array(self.o.numpy(out.reshape(rows.shape[0], -1)))[None]
+        return mx.array(_scaled(self.o.numpy(out.reshape(rows.shape[0], -1)), self.scale))[None]
 
     def _rotated(self, x: np.ndarray, heads: int, offset: int) -> np.ndarray:
         """[T, heads * head_dim] -> [T, heads, head_dim], rotated by position."""
@@ -96,12 +104,13 @@ class Attention:
 
 @dataclass(eq=False)
 class FFN:
-    """The streamed FFN as a module."""
+    """The streamed FFN as a module; `scale` multiplies what is added to the residual."""
 
     streamed: StreamedFFN
+    scale: float = 1.0
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.array(self.streamed(as_numpy(x)))[None]
+        return mx.array(_scaled(self.streamed(as_numpy(x)), self.scale))[None]
 
 
 def linear(kernels: Kernels, store: ResidentStore, base: str) -> Linear:
@@ -123,6 +132,7 @@ class Decoder:
 
     inner: Callable[..., mx.array]
     lm_head: Linear
+    divisor: float = 1.0  # of the states before the head
 
     def forward(self, ids: np.ndarray, caches: list[KVCache]) -> np.ndarray:
         """ids int32 [T] -> the last hidden states [T, d], after the final norm; advances the caches."""
@@ -130,4 +140,5 @@ class Decoder:
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """hidden [n, d] -> float32 logits [n, V]."""
-        return self.lm_head.numpy(np.ascontiguousarray(hidden))
+        states = hidden if self.divisor == 1.0 else hidden / np.float32(self.divisor)
+        return self.lm_head.numpy(np.ascontiguousarray(states))

@@ -13,8 +13,9 @@ from flashsparse.pack.checks import Node
 if TYPE_CHECKING:
     from flashsparse.pack.manifest import Manifest
 
-SOURCE_MODEL_TYPES = {"llama": ("bamboo", "llama", "mistral", "qwen2", "sparsellama"), "opt": ("opt",)}
+SOURCE_MODEL_TYPES = {"llama": ("bamboo", "llama", "minicpm", "mistral", "qwen2", "sparsellama"), "opt": ("opt",)}
 LAYER_TYPES = ("full_attention", "sliding_attention")
+SCALES = ("embedding_multiplier", "residual_multiplier", "logits_divisor")  # of the minicpm models, and no others
 MAX_POSITIONS = 2**31
 
 
@@ -53,6 +54,9 @@ def _llama(node: Node, manifest: Manifest) -> None:
     kind = None if node.null("rope_scaling") else _rope_scaling(node.child("rope_scaling"))
     if kind == "yarn" and theta == 1:
         node.fail("rope_theta", theta, "a number other than 1 (yarn divides by its logarithm)")
+    if node.value["source_model_type"] == "minicpm":
+        for name in SCALES:
+            node.real(name)
     _biases(node)
     _windows(node, manifest.layers)
 
@@ -78,11 +82,10 @@ def _biases(node: Node) -> None:
     """Which biases a model may have depends on the architecture it came from."""
     attention, mlp = node.boolean("attention_bias"), node.boolean("mlp_bias")
     source = node.value["source_model_type"]
-    if source in ("bamboo", "mistral", "qwen2"):
-        if attention != (source == "qwen2"):
-            node.fail("attention_bias", attention, f"{source == 'qwen2'} in a {source} model")
-        if mlp:
-            node.fail("mlp_bias", mlp, f"False in a {source} model")
+    if source in ("bamboo", "mistral", "qwen2") and attention != (source == "qwen2"):
+        node.fail("attention_bias", attention, f"{source == 'qwen2'} in a {source} model")
+    if mlp and source in ("bamboo", "minicpm", "mistral", "qwen2"):
+        node.fail("mlp_bias", mlp, f"False in a {source} model")
 
 
 def _windows(node: Node, layers: int) -> None:

@@ -308,7 +308,7 @@ class TestActivations:
 
 class TestRefusals:
     def test_unknown_architecture_lists_the_supported(self) -> None:
-        listed = "bamboo, llama, mistral, opt, qwen2, sparsellama"
+        listed = "bamboo, llama, minicpm, mistral, opt, qwen2, sparsellama"
         refused("model_type", "'gpt2'", listed, model_type="gpt2")
         refused("model_type", listed, model_type="brandnew", auto_map={"AutoModel": "x.Y"})
         with pytest.raises(UnsupportedModelError, match="model_type"):
@@ -376,3 +376,40 @@ class TestRefusals:
     def test_odd_head_dimension(self) -> None:
         refused("head_dim", head_dim=7)
         assert config(head_dim=16)["head_dim"] == 16
+
+
+MUP = {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "auto_map": {"AutoConfig": "x.MiniCPMConfig"}}
+
+
+def test_minicpm_scales() -> None:
+    """MiniCPM-S-1B: embeddings times 12, residuals times 1.4 / sqrt(layers), logits over width / 256."""
+    sizes = {"hidden_size": 1536, "num_attention_heads": 24, "num_key_value_heads": 8, "num_hidden_layers": 52}
+    act = {"hidden_act": "fatrelu", "hidden_act_param": 0.03}
+    model = normalize_config({"model_type": "minicpm", **sizes, **act, **MUP, "dim_model_base": 256})
+    assert (model.family, model.source_model_type) == ("llama", "minicpm")
+    assert model.activation == Activation("fatrelu", 0.03)
+    assert model.config["embedding_multiplier"] == 12
+    assert model.config["residual_multiplier"] == pytest.approx(1.4 / 52**0.5, rel=1e-15)
+    assert model.config["logits_divisor"] == 6
+    assert model.config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize("name", ["scale_emb", "scale_depth", "dim_model_base"])
+def test_minicpm_scales_have_no_default(name: str) -> None:
+    refused(name, model_type="minicpm", error=CheckpointError, **{k: v for k, v in MUP.items() if k != name})
+    for bad in (0, -1.4, "12", True, float("inf")):
+        refused(name, model_type="minicpm", error=CheckpointError, **{**MUP, name: bad})
+
+
+def test_minicpm_parts_that_are_not_supported() -> None:
+    refused("num_experts", model_type="minicpm", **MUP, num_experts=8)
+    refused("use_mup", model_type="minicpm", **MUP, use_mup=False)
+    refused("mlp_bias", model_type="minicpm", **MUP, mlp_bias=True)
+    refused("rope_type", model_type="minicpm", **MUP, rope_scaling={"type": "longrope", "factor": 2.0})
+    assert normalized("minicpm", **MUP, num_experts=0).config["hidden_act"] == "silu"
+
+
+@pytest.mark.parametrize("name", ["scale_emb", "scale_depth", "dim_model_base"])
+def test_scales_of_another_model_type_are_refused(name: str) -> None:
+    refused(name, **{name: MUP[name]})
+    assert "residual_multiplier" not in config()
