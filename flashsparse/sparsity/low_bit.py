@@ -1,4 +1,4 @@
-"""Low-bit copies of a weight matrix: packed words of 1 to 4 bits, scales and biases in MLX's affine layout, and the fit.
+"""Low-bit copies of a weight matrix: packed words of 1 to 4 bits in MLX's affine layout, and how they are fitted.
 
 The grid is the symmetric half-step one: 2**bits levels (q - (2**bits - 1) / 2) * scale, so the bias is
 -(2**bits - 1) / 2 * scale and no level is zero. Fast products on the words belong to the kernels.
@@ -54,9 +54,9 @@ class LowBit:
 
 
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
-    """uint32 [n, d * bits / 32] from integers [n, d] below 2**bits: value j of a row in bits [j * bits, (j + 1) * bits).
+    """uint32 [n, d * bits / 32] from integers [n, d] below 2**bits, as one little-endian bit stream per row.
 
-    Raises ValueError unless d * bits is a multiple of 32 and d one of 8.
+    Value j of a row is in bits [j * bits, (j + 1) * bits) of its words. Raises ValueError unless d * bits is a multiple of 32 and d one of 8.
     """
     rows, columns = values.shape
     if columns % 8 or columns * bits % 32:
