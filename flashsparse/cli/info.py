@@ -42,6 +42,8 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("direct reads", _amplification(record)),
         ("prefill", f"chunks of {facts['prefill_chunk']} tokens"),
     ]
+    if facts["predictor"] is not None:
+        result += _predictor(facts["predictor"])
     return result + _bytes(facts["bytes"]) + _parameters(facts) + [("digest", facts["digest"])]
 
 
@@ -82,6 +84,28 @@ def _amplification(record: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _predictor(predictor: dict[str, Any]) -> list[tuple[str, str]]:
+    """How neurons are chosen, and what was measured on the calibration text."""
+    bits, ranks = ("/".join(map(str, predictor[key])) for key in ("bits", "ranks"))
+    size = f", {bits} bits" if bits else f", rank {ranks}" if ranks else ""
+    target = predictor["target"]
+    if predictor["target_value"] is not None:
+        target += f" {predictor['target_value']:g}"
+    result = [("predictor", f"{predictor['score']}{size}, {predictor['selection']}, calibrated to: {target}")]
+    if predictor["density"] is not None:
+        density, recall = predictor["density"], predictor["value_recall"]
+        shares = f"{100 * density['mean']:.1f} % of a layer's neurons (layers {_percents(density)})"
+        kept = f", value recall {_percents(recall)}" if recall else ""
+        result.append(("  calibrated", f"on {predictor['tokens']} tokens: {shares}{kept}"))
+    if predictor["whole_layers"]:
+        result.append(("  whole", f"layers {', '.join(map(str, predictor['whole_layers']))} are computed whole"))
+    return result
+
+
+def _percents(share: dict[str, float]) -> str:
+    return f"{100 * share['least']:.1f} to {100 * share['most']:.1f} %"
+
+
 def _bytes(sizes: dict[str, int]) -> list[tuple[str, str]]:
     from flashsparse.memory import format_bytes
 
@@ -91,6 +115,7 @@ def _bytes(sizes: dict[str, int]) -> list[tuple[str, str]]:
         ("on disk", f"{format_bytes(sizes['total'])}"),
         ("  flash", f"{format_bytes(sizes['flash'])} ({format_bytes(sizes['flash_per_layer'])} per layer)"),
         ("  resident", f"{format_bytes(sizes['resident'])} ({parts})"),
+        *([("  predictor", format_bytes(sizes["predictor"]))] if sizes["predictor"] else []),
         ("  tokenizer", f"{format_bytes(sizes['tokenizer'])}"),
     ]
 
@@ -101,16 +126,23 @@ def _parameters(facts: dict[str, Any]) -> list[tuple[str, str]]:
     parts = ", ".join(f"{name} {_count(counts[name])}" for name in names if counts[name])
     without = _count(counts["total_without_embeddings"])
     result = [("parameters", f"{_count(counts['total'])} ({parts}); {without} without embeddings and head")]
-    known = activated["active_density"] is not None
+    known = activated["active_density"]
     for row in activated["at_density"]:
         text = f"{_count(row['all'])} per token, {_count(row['without_embeddings'])} without embeddings and head"
         if counts["predictors"]:
             text += f", {_count(row['without_both'])} without predictors too"
-        share = "every neuron" if known else f"if {100 * row['density']:g} % of the neurons are"
+        share = _share(known, row["density"])
         result.append(("activated" if row is activated["at_density"][0] else "", f"{text} ({share} active)"))
-    if not known:
+    if known is None:
         result.append(("", "the share is the text's and the model's: `generate --json` reports what a run read"))
     return result
+
+
+def _share(known: float | None, density: float) -> str:
+    if known == 1:
+        return "every neuron"
+    text = f"{100 * density:.3g} % of the neurons are"
+    return f"if {text}" if known is None else f"as calibrated, {text}"
 
 
 def _count(number: int) -> str:

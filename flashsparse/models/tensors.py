@@ -176,7 +176,7 @@ def check_resident(manifest: Manifest, header: Header) -> None:
 def _check_record(m: Manifest) -> None:
     """Records hold biases exactly when the configuration says so; the rest of the layout is the manifest's to check."""
     bias = m.config["enable_bias" if m.family == "opt" else "mlp_bias"]
-    expected = record_layout(m.gated, m.tier, m.hidden_size, m.source_dtype, m.quant, bias, bias)
+    expected = record_layout(m.gated, m.tier, m.hidden_size, m.source_dtype, m.quant, bias, bias, m.gate)
     if m.record != expected:
         raise PackError(
             f"{m.path / 'pack.json'}: record.fields: found {', '.join(m.record.fields)}, "
@@ -193,7 +193,7 @@ def _check_quantized(manifest: Manifest, plain: Mapping[str, tuple[int, ...]]) -
             raise PackError(f"{where}: found {base!r}, expected only matrices that this model keeps in memory")
         if shape[1] % quant.group_size:
             raise PackError(f"{where}.{base}: found groups of {quant.group_size}, expected a divisor of {shape[1]}")
-    for layer in range(manifest.layers if manifest.tier == "exact" else 0):
+    for layer in range(manifest.layers if manifest.gate == "full" else 0):
         names = ffn_names(manifest.family, layer)
         base = names.gate or names.up
         if manifest.resident_quant.get(base) != manifest.quant:

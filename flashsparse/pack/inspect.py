@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flashsparse.errors import PackError
 from flashsparse.pack.layout import Quant, Record, flash_name
-from flashsparse.pack.manifest import CONFIG, FORMAT, MANIFEST, RESIDENT, VERSION, Manifest
+from flashsparse.pack.manifest import CONFIG, FORMAT, MANIFEST, PREDICTOR, RESIDENT, VERSION, Manifest
+from flashsparse.pack.predictor import check_predictor, predictor_quant
 from flashsparse.pack.safetensors import ALIGN, Header, read_header
 
 DENSITIES = (0.05, 0.1, 0.2)
@@ -99,6 +100,7 @@ def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """Everything `info` prints, as plain JSON values. Raises PackError for a pack this version cannot read."""
     manifest = Manifest.load(pack_dir)
     header = read_header(manifest.resident_path, PackError)
+    predictor = _predictor_shapes(manifest)
     config = manifest.config
     return {
         "format": FORMAT,
@@ -115,9 +117,50 @@ def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "resident_quant": {name: asdict(quant) for name, quant in sorted(manifest.resident_quant.items())},
         "record": _record(manifest.record),
         "prefill_chunk": manifest.prefill_chunk,
+        "predictor": _predictor(manifest),
         "bytes": _bytes(manifest, header),
-        **_parameters(manifest, header),
+        **_parameters(manifest, header, predictor),
     }
+
+
+def _predictor_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """The tensors of the predictor file, when the pack has one."""
+    if PREDICTOR not in manifest.files:
+        return {}
+    header = read_header(manifest.predictor_path, PackError)
+    check_predictor(manifest, header)
+    return {name: info.shape for name, info in header.tensors.items()}
+
+
+def _predictor(manifest: Manifest) -> dict[str, Any] | None:
+    """How neurons are predicted and what calibration measured, layers summed up; None in the other tiers."""
+    spec = manifest.predictor
+    if spec is None:
+        return None
+    measured = ("density", "value_recall", "recall")
+    every = [index for index, layer in enumerate(spec.layers) if layer.every]
+    return {
+        "score": spec.score,
+        "selection": spec.selection,
+        "target": spec.target,
+        "target_value": spec.target_value,
+        "text_sha256": spec.text_sha256,
+        "tokens": spec.tokens,
+        "bits": sorted({layer.bits for layer in spec.layers if layer.bits is not None}),
+        "ranks": sorted({layer.rank for layer in spec.layers if layer.rank is not None}),
+        "whole_layers": every,
+        "calibrated_density": spec.calibrated_density,
+        **{name: _range([getattr(layer, name) for layer in spec.layers if not layer.every]) for name in measured},
+        "layers": [layer.to_dict() for layer in spec.layers],
+    }
+
+
+def _range(values: list[float | None]) -> dict[str, float] | None:
+    """Least, mean and most over the layers; None when a layer was not measured."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return None
+    return {"least": min(known), "mean": sum(known) / len(known), "most": max(known)}
 
 
 def _shapes(manifest: Manifest, config: dict[str, Any]) -> dict[str, Any]:
@@ -145,21 +188,23 @@ def _bytes(manifest: Manifest, header: Header) -> dict[str, int]:
         parts[part_of(name)] += info.nbytes
     flash = sum(manifest.files[flash_name(layer)].bytes for layer in range(manifest.layers))
     resident = manifest.files[RESIDENT].bytes
-    rest = sum(entry.bytes for entry in manifest.files.values()) - flash - resident
+    predictor = manifest.files[PREDICTOR].bytes if PREDICTOR in manifest.files else 0
+    rest = sum(entry.bytes for entry in manifest.files.values()) - flash - resident - predictor
     text = (manifest.path / MANIFEST).stat().st_size
     return {
         "flash": flash,
         "flash_per_layer": flash // manifest.layers,
         "resident": resident,
         **{f"resident_{part}": count for part, count in parts.items()},
+        "predictor": predictor,
         "config": manifest.files[CONFIG].bytes,
         "tokenizer": rest - manifest.files[CONFIG].bytes,
         "manifest": text,
-        "total": flash + resident + rest + text,
+        "total": flash + resident + predictor + rest + text,
     }
 
 
-def _parameters(manifest: Manifest, header: Header) -> dict[str, Any]:
+def _parameters(manifest: Manifest, header: Header, predictor: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     shapes = {name: info.shape for name, info in header.tensors.items()}
     counts = count_parameters(
         shapes,
@@ -169,6 +214,8 @@ def _parameters(manifest: Manifest, header: Header) -> dict[str, Any]:
         manifest.intermediate_size,
         manifest.layers,
     )
+    quant = predictor_quant(manifest)
+    counts = replace(counts, predictors=sum(tensor_parameters(name, shape, quant) for name, shape in predictor.items()))
     without = counts.total - counts.embeddings - counts.head
     return {
         "parameters": asdict(counts) | {"total": counts.total, "total_without_embeddings": without},
@@ -177,11 +224,11 @@ def _parameters(manifest: Manifest, header: Header) -> dict[str, Any]:
 
 
 def _activated(manifest: Manifest, counts: Parameters) -> dict[str, Any]:
-    """Per-token counts. Which share of the neurons is active is known only for a dense pack, where it is all."""
-    dense = manifest.tier == "dense"
-    densities = (1.0,) if dense else DENSITIES
+    """Per-token counts. Which share of the neurons is active is known of a dense pack (all) and after calibration."""
+    known = 1.0 if manifest.tier == "dense" else manifest.predictor.calibrated_density if manifest.predictor else None
+    densities = DENSITIES if known is None else (known,)
     return {
-        "active_density": 1.0 if dense else None,
+        "active_density": known,
         "per_percent_of_neurons": round(counts.ffn / 100),
         "at_density": [
             {

@@ -45,14 +45,14 @@ class Record:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of a pack: size, SHA-256, and for flash and resident files the SHA-256 of each block."""
+    """One file of a pack: size, SHA-256, and for flash, resident and predictor files the SHA-256 of each block."""
 
     bytes: int
     sha256: str
     blocks: tuple[str, ...] = ()
     data_offset: int = 0  # flash files: where record 0 begins
     block_records: int = 0  # flash files: records per block
-    block_bytes: int = 0  # resident file: bytes per block, counted from the start of the file
+    block_bytes: int = 0  # resident and predictor files: bytes per block, counted from the start of the file
 
     def to_dict(self) -> dict[str, Any]:
         entry: dict[str, Any] = {"bytes": self.bytes, "sha256": self.sha256}
@@ -79,12 +79,15 @@ def record_layout(
     quant: Quant | None,
     has_gate_bias: bool = False,
     has_up_bias: bool = False,
+    layout: str | None = None,
 ) -> Record:
-    """The layout of every record of a pack. In tier `exact` the scoring matrix and its bias are resident, so not here.
+    """The layout of every record of a pack.
 
-    Each field starts at a multiple of 4 bytes, the stride is a multiple of 64.
+    `layout` is the manifest's `gate`, by default that of the tier: with "full" (tier `exact`, and `predict` when the
+    score is the exact gate) the scoring matrix and its bias are resident, so not here. Each field starts at a multiple
+    of 4 bytes, the stride is a multiple of 64.
     """
-    scored = tier == "exact"
+    scored = (layout or ("full" if tier == "exact" else "none")) == "full"
     gate = gated and not scored
     up = gated or not scored
     present = {"gate": gate, "gate_bias": gate and has_gate_bias, "up": up, "up_bias": up and has_up_bias, "down": True}
@@ -170,5 +173,5 @@ def flash_digest(stride: int) -> FileDigest:
 
 
 def resident_digest() -> FileDigest:
-    """The digest of the resident file."""
+    """The digest of the resident file, or of the predictor file."""
     return FileDigest(0, BLOCK_BYTES)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -33,14 +33,16 @@ from flashsparse.pack.layout import (
     vector_bytes,
 )
 from flashsparse.pack.safetensors import ALIGN, Header, read_header
+from flashsparse.sparsity.spec import PredictorSpec, Shape, read_spec
 
 FORMAT = "flashsparse-pack"
 VERSION = 1
 MANIFEST = "pack.json"
 CONFIG = "config.json"
 RESIDENT = "resident.safetensors"
+PREDICTOR = "predictor.safetensors"
 FAMILIES = ("llama", "opt")
-TIERS = ("exact", "dense")
+TIERS = ("exact", "predict", "dense")
 GATES = ("full", "none")
 ACTIVATIONS = ("silu", "relu", "relu2", "fatrelu", "drelu")
 SOURCES = ("config", "option")
@@ -108,6 +110,7 @@ class Manifest:
     record: Record
     prefill_chunk: int
     files: dict[str, FileEntry]
+    predictor: PredictorSpec | None = None
 
     @staticmethod
     def load(pack_dir: str | os.PathLike[str]) -> Manifest:
@@ -123,6 +126,24 @@ class Manifest:
     @property
     def resident_path(self) -> Path:
         return self.path / RESIDENT
+
+    @property
+    def predictor_path(self) -> Path:
+        return self.path / PREDICTOR
+
+    @property
+    def shape(self) -> Shape:
+        """What a predictor depends on. The records tell the biases, where their matrices are not resident."""
+        fields = self.record.fields
+        scoring = "gate_bias" if self.gated else "up_bias"
+        return Shape(
+            self.layers,
+            self.hidden_size,
+            self.intermediate_size,
+            self.gated,
+            gate_bias=scoring in fields,
+            up_bias="up_bias" in fields,
+        )
 
     def flash_path(self, layer: int) -> Path:
         return self.path / flash_name(layer)
@@ -205,6 +226,7 @@ class Manifest:
                 "fields": [vars(field) for field in self.record.fields.values()],
             },
             "prefill_chunk": self.prefill_chunk,
+            "predictor": None if self.predictor is None else self.predictor.to_dict(),
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
         }
 
@@ -229,7 +251,7 @@ def read_manifest(pack_dir: str | os.PathLike[str]) -> Manifest:
 
 
 def _manifest(node: Node, path: Path) -> Manifest:
-    return Manifest(
+    manifest = Manifest(
         path=path,
         family=node.choice("family", FAMILIES),
         tier=node.choice("tier", TIERS),
@@ -250,6 +272,11 @@ def _manifest(node: Node, path: Path) -> Manifest:
         prefill_chunk=node.integer("prefill_chunk", 1),
         files={name: _file(child) for name, child in node.child("files").children()},
     )
+    return manifest if node.null("predictor") else replace(manifest, predictor=_predictor(node, manifest))
+
+
+def _predictor(node: Node, m: Manifest) -> PredictorSpec:
+    return read_spec(node.child("predictor"), m.shape)
 
 
 def _activation(node: Node) -> Activation:
@@ -294,7 +321,10 @@ def _file(node: Node) -> FileEntry:
 
 def _check_consistent(node: Node, m: Manifest) -> None:
     """The fields must agree with each other: layout of the record, gate and tier, heads, groups."""
-    gate = "full" if m.tier == "exact" else "none"
+    if (m.predictor is not None) != (m.tier == "predict"):
+        expected_spec = "an object" if m.tier == "predict" else "null"
+        node.fail("predictor", m.predictor, f"{expected_spec} in tier {m.tier!r}")
+    gate = "full" if m.tier == "exact" or (m.predictor and m.predictor.score == "gate") else "none"
     if m.gate != gate:
         node.fail("gate", m.gate, f"{gate!r} in tier {m.tier!r}")
     if m.gated != (m.family == "llama"):
@@ -308,7 +338,7 @@ def _check_consistent(node: Node, m: Manifest) -> None:
     if m.quant and m.hidden_size % m.quant.group_size:
         node.fail("quant.group_size", m.quant.group_size, f"a divisor of hidden_size ({m.hidden_size})")
     biases = "gate_bias" in m.record.fields, "up_bias" in m.record.fields
-    expected = record_layout(m.gated, m.tier, m.hidden_size, m.source_dtype, m.quant, *biases)
+    expected = record_layout(m.gated, m.tier, m.hidden_size, m.source_dtype, m.quant, *biases, m.gate)
     if m.record != expected or list(m.record.fields) != list(expected.fields):
         node.fail("record", m.record, f"{expected}")
 
@@ -323,10 +353,12 @@ def _check_files(node: Node, m: Manifest) -> None:
     first = next((layer for layer in range(m.layers) if flash_name(layer) not in m.files), None)
     if first is not None:
         missing.append(flash_name(first))
+    if m.predictor is not None and m.predictor.has_tensors and PREDICTOR not in m.files:
+        missing.append(PREDICTOR)
     if missing:
         listing = f"{listed(sorted(m.files))}, no {', '.join(missing)}"
         node.fail("files", listing, f"{CONFIG}, {RESIDENT} and a file for each of {m.layers} layers")
-    names = {CONFIG, RESIDENT, *map(flash_name, range(m.layers))}
+    names = {CONFIG, *map(flash_name, range(m.layers))}
     stride, records = m.record.stride, m.intermediate_size
     for layer in range(m.layers):
         entry = m.files[flash_name(layer)]
@@ -335,9 +367,13 @@ def _check_files(node: Node, m: Manifest) -> None:
         expected = (ALIGN + records * stride, ALIGN, block_records(stride), blocks)
         if found != expected:
             node.fail(f"files.{flash_name(layer)}", found, f"bytes, data_offset, block_records, blocks {expected}")
-    resident = m.files[RESIDENT]
-    if (resident.block_bytes, len(resident.blocks)) != (BLOCK_BYTES, -(-resident.bytes // BLOCK_BYTES)):
-        node.fail(f"files.{RESIDENT}", len(resident.blocks), f"a checksum for every {BLOCK_BYTES} bytes")
+    if PREDICTOR in m.files and not (m.predictor is not None and m.predictor.has_tensors):
+        node.fail("files", PREDICTOR, "no such file for a pack whose predictor has no tensors")
+    for name in {RESIDENT, PREDICTOR} & set(m.files):
+        entry = m.files[name]
+        if (entry.block_bytes, len(entry.blocks)) != (BLOCK_BYTES, -(-entry.bytes // BLOCK_BYTES)):
+            node.fail(f"files.{name}", len(entry.blocks), f"a checksum for every {BLOCK_BYTES} bytes")
+        names.add(name)
     for name in set(m.files) - names:
         if m.files[name].blocks or m.files[name].block_bytes:
             node.fail(f"files.{name}", "blocks", "only bytes and sha256")

@@ -14,7 +14,7 @@ from pathlib import Path
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_name
-from flashsparse.pack.manifest import RESIDENT, Manifest, read_manifest
+from flashsparse.pack.manifest import PREDICTOR, RESIDENT, Manifest, read_manifest
 from flashsparse.pack.safetensors import header_bytes, read_header
 
 CHUNK_BYTES = 4 << 20
@@ -93,8 +93,8 @@ def _compare(
         return []
     if layer is not None:
         return list(_flash(manifest, name, entry, found, layer))
-    if name == RESIDENT:
-        return list(_resident(manifest.resident_path, name, entry, found))
+    if name in (RESIDENT, PREDICTOR):
+        return list(_tensors(manifest.path / name, name, entry, found))
     return [] if resized else [Damage(name, "contents", "does not match its checksum")]
 
 
@@ -142,7 +142,7 @@ def _flash(manifest: Manifest, name: str, entry: FileEntry, found: FileEntry, la
         yield Damage(name, "records", f"layer {layer}: records {first}..{last} are damaged", first, last)
 
 
-def _resident(path: Path, name: str, entry: FileEntry, found: FileEntry) -> Iterator[Damage]:
+def _tensors(path: Path, name: str, entry: FileEntry, found: FileEntry) -> Iterator[Damage]:
     for start, end in _bad_ranges(entry, found):
         first, last = start * entry.block_bytes, min(end * entry.block_bytes, entry.bytes) - 1
         detail = f"bytes {first}..{last} are damaged{_tensors_in(path, first, last)}"

@@ -136,7 +136,7 @@ def test_7b_record_matches_arithmetic() -> None:
         ("version", True, "version: found True"),
         ("version", "1", "version: found '1'"),
         ("family", "mamba", "family: found 'mamba', expected one of llama, opt"),
-        ("tier", "predict", "tier: found 'predict'"),
+        ("tier", "sparse", "tier: found 'sparse', expected one of exact, predict, dense"),
         ("gate", "compact", "gate: found 'compact'"),
         ("gate", "none", "'full' in tier 'exact'"),
         ("gated", False, "gated: found False"),
@@ -201,7 +201,7 @@ def test_refuses_paths(pack: Manifest, name: str) -> None:
     refused(pack, "plain file names")
 
 
-@pytest.mark.parametrize("field", ["format", "activation", "record", "files", "quant", "prefill_chunk"])
+@pytest.mark.parametrize("field", ["format", "activation", "record", "files", "quant", "prefill_chunk", "predictor"])
 def test_refuses_missing_fields(pack: Manifest, field: str) -> None:
     edit(pack, lambda body: body.pop(field))
     refused(pack, f"{field}: missing")

@@ -16,8 +16,9 @@ from flashsparse.pack.layout import (
     record_layout,
     resident_digest,
 )
-from flashsparse.pack.manifest import CONFIG, RESIDENT, Manifest, canonical_json
+from flashsparse.pack.manifest import CONFIG, PREDICTOR, RESIDENT, Manifest, canonical_json
 from flashsparse.pack.safetensors import header_bytes, shape_bytes, storage_order
+from flashsparse.sparsity.spec import PredictorSpec, Shape, predictor_tensors
 
 RAW: dict[str, Any] = {
     "model_type": "llama",
@@ -53,22 +54,38 @@ def llama_tensors(
     return {name: (dtype, shape) for name, shape in shapes.items()}
 
 
-def write_pack(path: Path, tensors: Shapes | None = None, quant: Quant | None = None, **changes: Any) -> Manifest:
-    """Writes a pack of tier exact for RAW with `changes`; `tensors` replaces the resident ones."""
+def write_pack(
+    path: Path,
+    tensors: Shapes | None = None,
+    quant: Quant | None = None,
+    predictor: PredictorSpec | None = None,
+    **changes: Any,
+) -> Manifest:
+    """Writes a pack for RAW with `changes`, of tier exact or, with a `predictor`, of tier predict.
+
+    `tensors` replaces the resident ones.
+    """
     path.mkdir(parents=True, exist_ok=True)
     activation = changes.pop("activation", None)
+    tier = "exact" if predictor is None else "predict"
+    gate = "full" if predictor is None or predictor.score == "gate" else "none"
     model = normalize_config(RAW | changes, activation)
     if tensors is None:
         kv = model.kv_heads * model.head_dim
-        tensors = llama_tensors(model.hidden_size, model.intermediate_size, model.layers, model.vocab_size, kv)
+        shape = (model.hidden_size, model.intermediate_size, model.layers, model.vocab_size, kv)
+        tensors = llama_tensors(*shape, gate=gate == "full")
     tensors = {name: tensors[name] for name in storage_order(tensors)}
-    record = record_layout(True, "exact", model.hidden_size, "F16", quant)
+    record = record_layout(True, tier, model.hidden_size, "F16", quant, layout=gate)
     files = {
         CONFIG: _write(path / CONFIG, canonical_json(model.config).encode(), FileDigest()),
         "tokenizer.json": _write(path / "tokenizer.json", b"{}\n", FileDigest()),
     }
-    data = b"".join(counting(shape_bytes(*info), index) for index, info in enumerate(tensors.values()))
-    files[RESIDENT] = _write(path / RESIDENT, header_bytes(tensors) + data, resident_digest())
+    files[RESIDENT] = _write(path / RESIDENT, _tensor_file(tensors, 0), resident_digest())
+    if predictor is not None and predictor.has_tensors:
+        shapes = Shape(model.layers, model.hidden_size, model.intermediate_size, model.gated)
+        implied = predictor_tensors(predictor, shapes)
+        data = _tensor_file({name: implied[name] for name in storage_order(implied)}, 50)
+        files[PREDICTOR] = _write(path / PREDICTOR, data, resident_digest())
     for layer in range(model.layers):
         records = counting(model.intermediate_size * record.stride, 100 + layer)
         header = header_bytes({"records": ("U8", (model.intermediate_size, record.stride))})
@@ -77,8 +94,8 @@ def write_pack(path: Path, tensors: Shapes | None = None, quant: Quant | None = 
     manifest = Manifest(
         path=path,
         family=model.family,
-        tier="exact",
-        gate="full",
+        tier=tier,
+        gate=gate,
         gated=model.gated,
         activation=model.activation,
         layers=model.layers,
@@ -94,9 +111,15 @@ def write_pack(path: Path, tensors: Shapes | None = None, quant: Quant | None = 
         record=record,
         prefill_chunk=64,
         files=files,
+        predictor=predictor,
     )
     manifest.write()
     return manifest
+
+
+def _tensor_file(tensors: Shapes, seed: int) -> bytes:
+    data = (counting(shape_bytes(*info), seed + index) for index, info in enumerate(tensors.values()))
+    return header_bytes(tensors) + b"".join(data)
 
 
 def _write(path: Path, data: bytes, digest: FileDigest) -> FileEntry:
