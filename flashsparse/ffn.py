@@ -142,7 +142,7 @@ class StreamedFFN:
         self.counters.misses += len(missing)
 
         def compute(which: np.ndarray) -> None:
-            self.kernels.hidden(slab, offsets[which], round_.ids[which], cols[which], x, activated, hidden)
+            self.kernels.hidden(slab, offsets[which], round_.ids[which], cols[which], x, activated, None, hidden)
 
         if not len(missing):
             offsets = self._offsets(round_)
@@ -243,5 +243,5 @@ class StreamedFFN:
         offsets = begin + (run.ids.astype(np.int64) - run.first) * self.flash.stride
         cols = np.arange(len(run.ids), dtype=np.int32)
         hidden = self.scratch.hidden_for(x.shape[0], len(run.ids))
-        self.kernels.hidden(slab, offsets, run.ids, cols, x, activated, hidden)
+        self.kernels.hidden(slab, offsets, run.ids, cols, x, activated, None, hidden)
         self.kernels.down(slab, offsets, cols, hidden, y)

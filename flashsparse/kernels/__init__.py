@@ -28,6 +28,16 @@ class Kernels(Protocol):
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
         """out[T, rows] = x[T, cols] · weightᵀ + bias[rows]."""
 
+    def score(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+        """out[T, rows] = x[T, cols] · weightᵀ + bias for 1 to 4 bits, x rounded to int8 per group (max |x| / 127).
+
+        A token that holds NaN or Inf scores NaN everywhere.
+        """
+
+    def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
+        """mask[T, I] (uint8) = not scores[T, I] < threshold, with k among a token's k largest (NaN first, then ties by
+        number); ids [I] (int32) begins with the ascending union over tokens, whose length is returned."""
+
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         """out[n, cols] = the rows `ids` (int32) of weight."""
 
@@ -48,9 +58,13 @@ class Kernels(Protocol):
         cols: np.ndarray,
         x: np.ndarray,
         activated: np.ndarray | None,
+        mask: np.ndarray | None,
         hidden: np.ndarray,
     ) -> None:
-        """Intermediate values of the records at byte `offsets` of `slab` into columns `cols` of hidden [T, width]."""
+        """Intermediate values of the records at byte `offsets` of `slab` into columns `cols` of hidden [T, width].
+
+        Exactly zero where mask [T, I] (uint8, None: all ones) is 0 for the neuron.
+        """
 
     def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
         """y[T, d] += hidden · down, over the records in the order given; exact zeros are skipped."""

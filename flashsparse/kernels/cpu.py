@@ -33,6 +33,12 @@ class NativeKernels:
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
         native.linear(self._workers, self._matrix(weight), bias, x, out)
 
+    def score(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+        native.score(self._workers, self._matrix(weight), bias, x, out)
+
+    def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
+        return native.select(scores, threshold, k, mask, ids)
+
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         native.gather(self._matrix(weight), ids, out)
 
@@ -54,9 +60,10 @@ class NativeKernels:
         cols: np.ndarray,
         x: np.ndarray,
         activated: np.ndarray | None,
+        mask: np.ndarray | None,
         hidden: np.ndarray,
     ) -> None:
-        native.ffn_hidden(self._workers, self._record, slab, offsets, ids, cols, x, activated, hidden)
+        native.ffn_hidden(self._workers, self._record, slab, offsets, ids, cols, x, activated, mask, hidden)
 
     def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
         native.ffn_down(self._workers, self._record, slab, offsets, cols, hidden, y)

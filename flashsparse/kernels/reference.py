@@ -32,7 +32,24 @@ def _float32(stored: np.ndarray, dtype: str) -> mx.array:
 def _dequantized(words: np.ndarray, scales: np.ndarray, biases: np.ndarray, dtype: str, bits: int) -> mx.array:
     group = words.shape[1] * 32 // bits // scales.shape[1]
     parts = _float32(scales, dtype), _float32(biases, dtype)
+    if bits == 1:  # MLX begins at two
+        numbers = mx.array(np.unpackbits(words.view(np.uint8), axis=1, bitorder="little"))
+        scale, bias = (mx.repeat(part, group, axis=1) for part in parts)
+        return numbers.astype(mx.float32) * scale + bias
     return mx.dequantize(mx.array(words), *parts, group_size=group, bits=bits)
+
+
+def rounded(x: np.ndarray, group_size: int) -> np.ndarray:
+    """x [T, cols] rounded, half to even, to multiples of max |x| / 127 of its group; where that is subnormal, to zero.
+
+    A group that holds NaN or Inf becomes NaN.
+    """
+    groups = x.reshape(len(x), -1, group_size)
+    with np.errstate(all="ignore"):
+        step = np.abs(groups).max(axis=2, keepdims=True) / np.float32(127)
+        values = np.rint(groups / step) * step
+    values = np.where(step < np.finfo(np.float32).tiny, np.float32(0), values)
+    return np.where(np.isfinite(step), values, np.float32(np.nan)).reshape(x.shape)
 
 
 class ReferenceKernels:
@@ -48,6 +65,19 @@ class ReferenceKernels:
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
         product = mx.array(x) @ self._matrix(weight).T
         out[:] = np.array(product if bias is None else product + mx.array(bias))
+
+    def score(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+        assert weight.quant is not None
+        self.linear(weight, bias, rounded(x, weight.quant.group_size), out)
+
+    def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
+        mask[:] = ~(scores < np.float32(threshold))
+        if k is not None:
+            order = np.lexsort((-scores, ~np.isnan(scores)), axis=1)  # stable: of equals the lower neuron comes first
+            np.put_along_axis(mask, order[:, k:], 0, axis=1)
+        found = np.flatnonzero(mask.any(axis=0))
+        ids[: len(found)] = found
+        return len(found)
 
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         if weight.quant is None:
@@ -83,12 +113,10 @@ class ReferenceKernels:
         cols: np.ndarray,
         x: np.ndarray,
         activated: np.ndarray | None,
+        mask: np.ndarray | None,
         hidden: np.ndarray,
     ) -> None:
         gated, rows = self._manifest.gated, mx.array(x)
-        if activated is not None and not gated:
-            hidden[:, cols] = activated[:, ids]
-            return
         if activated is None:
             field = "gate" if gated else "up"
             scores = rows @ self._vectors(slab, offsets, field).T + self._scalars(slab, offsets, f"{field}_bias")
@@ -98,7 +126,7 @@ class ReferenceKernels:
         if gated:
             up, bias = self._vectors(slab, offsets, "up"), self._scalars(slab, offsets, "up_bias")
             chosen = gated_hidden(chosen, up, bias, rows, self._activation)
-        hidden[:, cols] = np.array(chosen)
+        hidden[:, cols] = np.array(chosen) if mask is None else np.where(mask[:, ids], np.array(chosen), 0)
 
     def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
         for start in range(0, len(cols), BLOCK):

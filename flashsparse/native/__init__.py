@@ -20,6 +20,8 @@ from flashsparse.native.kernels import (
     gather,
     kv_append,
     linear,
+    score,
+    select,
 )
 from flashsparse.native.library import isa, lib, set_isa
 
@@ -39,5 +41,7 @@ __all__ = [
     "kv_append",
     "lib",
     "linear",
+    "score",
+    "select",
     "set_isa",
 ]

@@ -15,9 +15,10 @@ import numpy as np
 from flashsparse.errors import NativeLibraryError, SessionError
 from flashsparse.native.library import CMatrix, CRecord, lib
 
-DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8": 3, "Q4": 4}
+DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8": 3, "Q4": 4, "Q1": 5, "Q2": 6, "Q3": 7}
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "fatrelu": 3, "drelu": 4}
-_BITS = {DTYPES["Q8"]: 8, DTYPES["Q4"]: 4}
+_BITS = {DTYPES[name]: int(name[1]) for name in DTYPES if name[0] == "Q"}
+_LOW = {dtype for dtype, bits in _BITS.items() if bits < 4}  # only score() computes with these
 _FLOATS = (DTYPES["F32"], DTYPES["F16"], DTYPES["BF16"])
 _GROUPS = (32, 64, 128)
 _CACHE_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
@@ -69,7 +70,8 @@ class Workers:
 class Matrix:
     """The C view of a stored matrix [rows, cols], row-contiguous. `keep` is held as long as the view.
 
-    Q8 and Q4: MLX's affine layout; scales and biases are [rows, cols / group_size] of `scale_dtype`.
+    Q1 to Q8: MLX's affine layout, a row's values a little-endian bit stream; scales and biases are
+    [rows, cols / group_size] of `scale_dtype`.
     """
 
     def __init__(
@@ -112,6 +114,8 @@ class Record:
         gated: bool,
     ) -> None:
         _check_format(dtype, scale_dtype, group_size, d)
+        if dtype in _LOW:
+            raise ValueError(f"records of {_BITS[dtype]}-bit vectors are not supported; 4 and 8 bits are")
         if activation not in ACTIVATIONS.values():
             raise ValueError(f"activation {activation} is none of {ACTIVATIONS}")
         if down < 0 or (gated and up < 0):
@@ -157,8 +161,14 @@ def _check_below(numbers: np.ndarray, limit: int, name: str) -> None:
         raise ValueError(f"{name}: {int(numbers.min())}..{int(numbers.max())} are not all in 0..{limit - 1}")
 
 
+def _check_product(matrix: Matrix) -> None:
+    if matrix.c.dtype in _LOW:
+        raise ValueError(f"a {_BITS[matrix.c.dtype]}-bit matrix can only be scored with")
+
+
 def linear(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
     """out[T, rows] = x[T, cols] · matrixᵀ + bias[rows]. A row's bits do not depend on T or on the threads."""
+    _check_product(matrix)
     tokens = len(x)
     at = _address(x, np.float32, (tokens, matrix.cols), "x")
     to = _address(out, np.float32, (tokens, matrix.rows), "out")
@@ -166,8 +176,25 @@ def linear(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndar
     lib().fs_linear(workers.handle, matrix.reference, extra, at, tokens, to)
 
 
+def score(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
+    """out[T, rows] = x[T, cols] · matrixᵀ + bias[rows] for a matrix of 1, 2, 3 or 4 bits and x rounded to int8.
+
+    Each group of a token is rounded half to even to multiples of its max |x| / 127; a group of zeros, or whose step is
+    subnormal, counts as zero. A token that holds NaN or Inf scores NaN everywhere. The bits of a score depend on its
+    row and its token only.
+    """
+    if _BITS.get(matrix.c.dtype, 8) > 4:
+        raise ValueError(f"scores need a matrix of 1 to 4 bits, not of type {matrix.c.dtype}")
+    tokens = len(x)
+    at = _address(x, np.float32, (tokens, matrix.cols), "x")
+    to = _address(out, np.float32, (tokens, matrix.rows), "out")
+    extra = None if bias is None else _address(bias, np.float32, (matrix.rows,), "bias")
+    lib().fs_score(workers.handle, matrix.reference, extra, at, tokens, to)
+
+
 def gather(matrix: Matrix, ids: np.ndarray, out: np.ndarray) -> None:
     """out[n, cols] = rows `ids` [n] (int32) of the matrix as float32."""
+    _check_product(matrix)
     n = len(ids)
     rows = _address(ids, np.int32, (n,), "ids")
     to = _address(out, np.float32, (n, matrix.cols), "out")
@@ -240,6 +267,22 @@ def active(activated: np.ndarray) -> np.ndarray:
     return ids[: lib().fs_active(at, *activated.shape, ids.ctypes.data)]
 
 
+def select(scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
+    """mask[T, I] (uint8) becomes 1 where scores [T, I] are not below the threshold, NaN included, else 0.
+
+    With k, only a token's k largest scores may be selected: NaN counts as the largest, of equals the lower neuron comes
+    first. ids [I] (int32) begins with the ascending neurons that some token selects; returns how many there are.
+    """
+    if scores.ndim != 2 or (k is not None and k < 1):
+        raise ValueError(f"scores {scores.shape}: expected [T, I]; k {k}: expected None or at least 1")
+    at = _address(scores, np.float32, scores.shape, "scores")
+    to = _address(mask, np.uint8, scores.shape, "mask")
+    numbers = _address(ids, np.int32, (scores.shape[1],), "ids")
+    if k is None:
+        return int(lib().fs_select(at, *scores.shape, threshold, to, numbers))
+    return int(lib().fs_select_topk(at, *scores.shape, k, threshold, to, numbers))
+
+
 def _records(
     record: Record, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray
 ) -> tuple[int, int, int, int]:
@@ -260,29 +303,54 @@ def ffn_hidden(
     cols: np.ndarray,
     x: np.ndarray,
     activated: np.ndarray | None,
+    mask: np.ndarray | None,
     hidden: np.ndarray,
 ) -> None:
     """hidden[T, cols[j]] becomes the intermediate value of the record that begins at slab[offsets[j]].
 
     cols [n] int32, offsets [n] int64, slab uint8, x [T, d]. activated [T, I] holds the activated gates of all neurons,
     ids [n] (int32) says which are these; None: gates are computed from the records. A gate of exactly zero gives zero,
-    whatever the record holds.
+    whatever the record holds. Where mask [T, I] (uint8; None: all ones) is 0 the value is exactly zero, not computed.
     """
     tokens, width = hidden.shape
     base, starts, columns, n = _records(record, slab, offsets, cols, hidden)
     numbers = _address(ids, np.int32, (n,), "ids")
     at = _address(x, np.float32, (tokens, record.d), "x")
     to = _address(hidden, np.float32, (tokens, width), "hidden")
-    gates, neurons = None, 0
-    if activated is not None:
-        neurons = activated.shape[1]
-        gates = _address(activated, np.float32, (tokens, neurons), "activated")
-        _check_below(ids, neurons, "ids")
-    elif not record.scores:
+    gates, marks, neurons = _per_neuron(tokens, ids, activated, mask)
+    if gates is None and not record.scores:
         raise ValueError("activated is needed: the record has no row to score with")
     lib().fs_ffn_hidden(
-        workers.handle, record.reference, base, starts, numbers, columns, n, at, tokens, gates, neurons, to, width
+        workers.handle,
+        record.reference,
+        base,
+        starts,
+        numbers,
+        columns,
+        n,
+        at,
+        tokens,
+        gates,
+        marks,
+        neurons,
+        to,
+        width,
     )
+
+
+def _per_neuron(
+    tokens: int, ids: np.ndarray, activated: np.ndarray | None, mask: np.ndarray | None
+) -> tuple[int | None, int | None, int]:
+    """Addresses of what is given of activated and mask, both [T, I], and I (0: neither is given)."""
+    given = next((array for array in (activated, mask) if array is not None), None)
+    if given is None:
+        return None, None, 0
+    if given.ndim != 2:
+        raise ValueError(f"activated, mask: expected [T, I], found {given.shape}")
+    shape = (tokens, given.shape[1])
+    _check_below(ids, given.shape[1], "ids")
+    gates = None if activated is None else _address(activated, np.float32, shape, "activated")
+    return gates, None if mask is None else _address(mask, np.uint8, shape, "mask"), given.shape[1]
 
 
 def ffn_down(

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -65,16 +65,19 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_workers_stop": (None, [c_void_p]),
     "fs_workers_destroy": (None, [c_void_p]),
     "fs_linear": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
+    "fs_score": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_gather": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),
     "fs_attention": (None, [c_void_p] * 4 + [c_int32] + [c_int64] * 7 + [c_float, c_void_p]),
     "fs_kv_append": (None, [c_void_p, c_void_p, c_int32] + [c_int64] * 5),
     "fs_activate": (None, [c_void_p, c_int64, c_int32, c_float]),
     "fs_active": (c_int64, [c_void_p, c_int64, c_int64, c_void_p]),
+    "fs_select": (c_int64, [c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p]),
+    "fs_select_topk": (c_int64, [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p]),
     "fs_ffn_hidden": (
         None,
         [c_void_p, POINTER(CRecord)]
         + [c_void_p] * 4
-        + [c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64],
+        + [c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_void_p, c_int64],
     ),
     "fs_ffn_down": (
         None,

@@ -77,7 +77,7 @@ def test_records_refuse_what_lies_outside(workers: native.Workers) -> None:
             down(offsets, cols)
     with pytest.raises(ValueError, match="activated is needed"):
         nothing = np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.int32)
-        native.ffn_hidden(workers, record, slab, *nothing, zeros(1, 16), None, hidden)
+        native.ffn_hidden(workers, record, slab, *nothing, zeros(1, 16), None, None, hidden)
 
 
 def test_attention_refuses_positions_beyond_the_cache(workers: native.Workers) -> None:
@@ -109,5 +109,5 @@ def test_missing_and_foreign_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_other_interface_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "ABI_VERSION", 0)
-    with pytest.raises(NativeLibraryError, match="interface version 2, expected 0"):
+    with pytest.raises(NativeLibraryError, match="interface version 3, expected 0"):
         library.lib.__wrapped__()

@@ -103,7 +103,7 @@ def run(
     hidden = np.full((len(x), len(ids)), np.nan, np.float32)
     y = np.zeros((len(x), layer.record.d), np.float32)
     with native.Workers(threads) as workers:
-        native.ffn_hidden(workers, layer.record, layer.slab, layer.offsets[ids], ids, cols, x, activated, hidden)
+        native.ffn_hidden(workers, layer.record, layer.slab, layer.offsets[ids], ids, cols, x, activated, None, hidden)
         native.ffn_down(workers, layer.record, layer.slab, layer.offsets[ids], cols, hidden, y)
     return hidden, y
 
@@ -201,7 +201,7 @@ def test_rounds_and_arrival_order_do_not_change_bits(tokens: int, seed: int) -> 
             arrival = rng.permutation(len(part)).astype(np.int32)
             for some in np.array_split(arrival, 3):
                 at = layer.offsets[part[some]]
-                native.ffn_hidden(workers, layer.record, layer.slab, at, part[some], some, x, gates, width)
+                native.ffn_hidden(workers, layer.record, layer.slab, at, part[some], some, x, gates, None, width)
             cols = np.arange(len(part), dtype=np.int32)
             native.ffn_down(workers, layer.record, layer.slab, layer.offsets[part], cols, width, again)
             assert np.array_equal(width, hidden[:, part])

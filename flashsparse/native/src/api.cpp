@@ -1,7 +1,9 @@
 // The C interface of the kernels: chooses the variant, cuts a call into tasks, runs them on the workers.
 // How a call is cut may depend on the number of threads; its result does not.
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "activation.h"
 #include "kernels.h"
@@ -28,10 +30,14 @@ std::atomic<const Kernels*>& chosen() {
 
 int64_t float_bytes(int32_t dtype) { return dtype == FS_F32 ? 4 : 2; }
 
+int64_t bits_of(int32_t dtype) {
+    constexpr int64_t bits[] = {32, 16, 16, 8, 4, 1, 2, 3};
+    return bits[dtype];
+}
+
 Format format_of(int64_t columns, int32_t dtype, int32_t scale_dtype, int32_t group) {
     if (dtype < FS_Q8) return {columns, dtype, dtype, 0, columns * float_bytes(dtype), 0};
-    int64_t data = dtype == FS_Q8 ? columns : columns / 2;
-    return {columns, dtype, scale_dtype, group, data, columns / group * float_bytes(scale_dtype)};
+    return {columns, dtype, scale_dtype, group, columns * bits_of(dtype) / 8, columns / group * float_bytes(scale_dtype)};
 }
 
 Format format_of(const fs_matrix& w) { return format_of(w.cols, w.dtype, w.scale_dtype, w.group_size); }
@@ -40,6 +46,8 @@ Format format_of(const fs_record& r) { return format_of(r.d, r.dtype, r.scale_dt
 int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 int64_t round_up(int64_t n, int64_t multiple) { return pieces(n, multiple) * multiple; }
 int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
+
+constexpr int64_t kScoreTokens = 16;  // tokens that share a pass over a low-bit matrix; bounds their integer copies
 
 // Waking a thread costs some microseconds: products smaller than this run on the caller.
 bool small(int64_t rows, int64_t columns, int64_t tokens) { return rows * columns * tokens < 32768; }
@@ -93,6 +101,27 @@ void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const
     workers->run(chosen().load()->linear, &job, pieces(w->rows, job.rows_per_task), size_t(kRowBlock * w->cols));
 }
 
+void fs_score(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t T, float* out) {
+    Scoring job{w, format_of(*w), bias, nullptr, nullptr, nullptr, 0, round_up(w->cols / w->group_size, 8), 0, out};
+    int64_t block = between(1, T, kScoreTokens), columns = job.groups * w->group_size;
+    std::vector<int8_t> q(size_t(block * columns));
+    std::vector<float> parts(size_t(2 * block * job.groups));
+    float *steps = parts.data(), *sums = steps + block * job.groups;
+    job.q = q.data(), job.steps = steps, job.sums = sums;
+    for (int64_t token = 0; token < T; token += block) {
+        if (token > 0) {
+            std::fill(q.begin(), q.end(), int8_t(0));
+            std::fill(parts.begin(), parts.end(), 0.0f);
+        }
+        job.tokens = between(1, T - token, block), job.out = out + token * w->rows;
+        for (int64_t t = 0; t < job.tokens; t++)
+            chosen().load()->score_input(job.format, x + (token + t) * w->cols, q.data() + t * columns,
+                                         steps + t * job.groups, sums + t * job.groups);
+        job.rows_per_task = rows_per_task(job.format, w->rows, job.tokens);
+        workers->run(chosen().load()->score, &job, pieces(w->rows, job.rows_per_task), 0);
+    }
+}
+
 void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out) {
     Format format = format_of(*w);
     auto row = [](const void* p, int64_t offset) { return (const uint8_t*)p + offset; };
@@ -144,9 +173,9 @@ int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids) {
 
 void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
                    const int32_t* ids, const int32_t* cols, int64_t n, const float* x, int64_t T,
-                   const float* activated, int64_t I, float* hidden, int64_t ldh) {
+                   const float* activated, const uint8_t* mask, int64_t I, float* hidden, int64_t ldh) {
     if (T <= 0) return;
-    Hidden job{record, format_of(*record), base, offsets, ids, cols, n, x, T, activated, I, hidden, ldh};
+    Hidden job{record, format_of(*record), base, offsets, ids, cols, n, x, T, activated, mask, I, hidden, ldh};
     workers->run(chosen().load()->hidden, &job, pieces(n, kRowBlock), size_t(2 * kRowBlock * record->d));
 }
 

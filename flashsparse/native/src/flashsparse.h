@@ -11,13 +11,14 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 2
+#define FS_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
 #endif
 
-enum { FS_F32 = 0, FS_F16 = 1, FS_BF16 = 2, FS_Q8 = 3, FS_Q4 = 4 };  // Q: MLX affine, groups along the row
+// Q: MLX affine, groups along the row. Q1, Q2 and Q3 only in fs_score; 1 bit follows the rule of the others.
+enum { FS_F32 = 0, FS_F16 = 1, FS_BF16 = 2, FS_Q8 = 3, FS_Q4 = 4, FS_Q1 = 5, FS_Q2 = 6, FS_Q3 = 7 };
 enum { FS_SILU = 0, FS_RELU = 1, FS_RELU2 = 2, FS_FATRELU = 3, FS_DRELU = 4 };
 
 typedef struct fs_workers fs_workers;
@@ -49,6 +50,9 @@ FS_API void fs_workers_destroy(fs_workers*);  // stops it; no call may be inside
 
 // y[T, rows] = x[T, cols] W^T + bias. Each value's bits depend on its row, its token and the variant only.
 FS_API void fs_linear(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y);
+// out[T, rows] = x[T, cols] W^T + bias for W of Q1 to Q4, x rounded to int8 per group: step = max |x| / 127, half to even.
+// Each value's bits depend on its row and its token only, not on the variant. NaN or Inf in a token: all its scores NaN.
+FS_API void fs_score(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t T, float* out);
 // out[n, cols] = rows `ids` of w as float32.
 FS_API void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out);
 
@@ -66,12 +70,20 @@ FS_API void fs_activate(float* g, int64_t n, int32_t activation, float param);
 // Ascending neurons i with activated[t, i] != 0 for some t (NaN counts); returns how many. ids has room for I.
 FS_API int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids);
 
+// mask[t, i] = 1 unless scores[t, i] < threshold (NaN is selected), else 0. ids (room for I): the ascending neurons that
+// some token selects; returns how many.
+FS_API int64_t fs_select(const float* scores, int64_t T, int64_t I, float threshold, uint8_t* mask, int32_t* ids);
+// The same among each token's k >= 1 largest scores: NaN counts as the largest, and of equals the lower neuron comes first.
+FS_API int64_t fs_select_topk(const float* scores, int64_t T, int64_t I, int64_t k, float threshold, uint8_t* mask,
+                              int32_t* ids);
+
 // hidden[t, cols[j]] = the intermediate value of neuron ids[j], whose record begins at base + offsets[j].
 // activated[T, I] holds activated gates; NULL: they are computed from the record's gate row (non-gated: up row).
-// A gate of exactly zero gives exactly zero, whatever the up row holds.
+// A gate of exactly zero gives exactly zero, whatever the up row holds. mask[T, I] or NULL: where mask[t, ids[j]] is 0
+// the value is exactly zero and nothing is computed.
 FS_API void fs_ffn_hidden(fs_workers*, const fs_record*, const uint8_t* base, const int64_t* offsets,
                           const int32_t* ids, const int32_t* cols, int64_t n, const float* x, int64_t T,
-                          const float* activated, int64_t I, float* hidden, int64_t ldh);
+                          const float* activated, const uint8_t* mask, int64_t I, float* hidden, int64_t ldh);
 // y[T, d] += sum over ascending j of hidden[t, cols[j]] * down_j, zeros skipped, one addition after the other, so that
 // the result does not depend on threads, on the records' places, or on how ascending records are split into calls.
 FS_API void fs_ffn_down(fs_workers*, const fs_record*, const uint8_t* base, const int64_t* offsets,

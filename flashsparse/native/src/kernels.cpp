@@ -3,6 +3,7 @@
 #include "activation.h"
 #include "attention.h"
 #include "rows.h"
+#include "score.h"
 
 namespace {
 
@@ -100,6 +101,10 @@ Row record_row(const Hidden& job, int64_t j, int64_t at) {
     return field<Row>(job.format, job.base + job.offsets[j] + at);
 }
 
+inline bool wanted(const Hidden& job, int64_t j, int64_t token) {
+    return !job.mask || job.mask[token * job.neurons + job.ids[j]];
+}
+
 inline float finish(const Hidden& job, float gate, float up) {
     return job.record->activation == FS_DRELU ? gate * relu(up) : gate * up;
 }
@@ -134,20 +139,24 @@ template <class Row>
 void hidden_one_token(const Hidden& job, int64_t first, int count) {
     const fs_record& record = *job.record;
     float gate[kRowBlock], up[kRowBlock];
-    int64_t all_of[kRowBlock], active[kRowBlock] = {0};
-    for (int k = 0; k < count; k++) all_of[k] = first + k;
+    int64_t chosen[kRowBlock] = {0}, active[kRowBlock] = {0};
+    int kept = 0, used = 0;
+    for (int64_t j = first; j < first + count; j++) {
+        job.hidden[job.cols[j]] = 0.0f;
+        if (wanted(job, j, 0)) chosen[kept++] = j;
+    }
     if (job.activated) {
-        for (int k = 0; k < count; k++) gate[k] = job.activated[job.ids[first + k]];
+        for (int k = 0; k < kept; k++) gate[k] = job.activated[job.ids[chosen[k]]];
     } else {
         Score score(record);
-        record_dots<Row>(job, all_of, count, score.row, gate);
-        for (int k = 0; k < count; k++)
-            gate[k] = activate(gate[k] + field_value(job, first + k, score.bias), record.activation, record.param);
+        record_dots<Row>(job, chosen, kept, score.row, gate);
+        for (int k = 0; k < kept; k++)
+            gate[k] = activate(gate[k] + field_value(job, chosen[k], score.bias), record.activation, record.param);
     }
-    int used = 0;
-    for (int k = 0; k < count; k++) {
-        job.hidden[job.cols[first + k]] = gate[k] == 0.0f ? 0.0f : gate[k];
-        if (gate[k] != 0.0f) active[used++] = first + k;
+    for (int k = 0; k < kept; k++) {
+        if (gate[k] == 0.0f) continue;
+        job.hidden[job.cols[chosen[k]]] = gate[k];
+        active[used++] = chosen[k];
     }
     if (!record.gated) return;
     record_dots<Row>(job, active, used, record.up, up);
@@ -185,15 +194,21 @@ inline void apply_up(const Hidden& job, int64_t j, RowF32 up, int64_t token, int
 }
 
 inline void gates_of(const Hidden& job, int64_t j, RowF32 row, int64_t token, int count, float* gate) {
+    int64_t tokens[kTokenBlock];
+    float values[kTokenBlock];
+    int used = 0;
+    for (int64_t t = token; t < token + count; t++) {
+        gate[t - token] = 0.0f;
+        if (wanted(job, j, t)) tokens[used++] = t;
+    }
     if (job.activated) {
-        for (int t = 0; t < count; t++) gate[t] = job.activated[(token + t) * job.neurons + job.ids[j]];
+        for (int i = 0; i < used; i++) gate[tokens[i] - token] = job.activated[tokens[i] * job.neurons + job.ids[j]];
         return;
     }
-    int64_t tokens[kTokenBlock];
-    for (int t = 0; t < count; t++) tokens[t] = token + t;
-    token_dots(job, row, tokens, count, gate);
+    token_dots(job, row, tokens, used, values);
     float bias = field_value(job, j, Score(*job.record).bias);
-    for (int t = 0; t < count; t++) gate[t] = activate(gate[t] + bias, job.record->activation, job.record->param);
+    for (int i = 0; i < used; i++)
+        gate[tokens[i] - token] = activate(values[i] + bias, job.record->activation, job.record->param);
 }
 
 template <class Row>
@@ -321,7 +336,7 @@ void encode(const float* values, int64_t n, int32_t dtype, void* out) {
 }  // namespace
 
 #if defined(FS_AVX2)
-const fs::Kernels fs::avx2_kernels = {"avx2", linear, hidden, down, attention, decode, encode};
+const fs::Kernels fs::avx2_kernels = {"avx2", linear, hidden, down, attention, score, score_input, decode, encode};
 #else
-const fs::Kernels fs::portable_kernels = {"portable", linear, hidden, down, attention, decode, encode};
+const fs::Kernels fs::portable_kernels = {"portable", linear, hidden, down, attention, score, score_input, decode, encode};
 #endif

@@ -20,6 +20,18 @@ struct Linear {
     float* y;
 };
 
+// A block of tokens as integers: q [tokens, groups * group size] in the variant's order, steps and sums [tokens, groups];
+// `groups` is padded with zeros to a multiple of eight.
+struct Scoring {
+    const fs_matrix* w;
+    Format format;
+    const float* bias;
+    const int8_t* q;
+    const float *steps, *sums;
+    int64_t tokens, groups, rows_per_task;
+    float* out;
+};
+
 struct Hidden {
     const fs_record* record;
     Format format;
@@ -30,6 +42,7 @@ struct Hidden {
     const float* x;
     int64_t tokens;
     const float* activated;
+    const uint8_t* mask;
     int64_t neurons;
     float* hidden;
     int64_t ldh;
@@ -67,6 +80,8 @@ struct Kernels {
     void (*hidden)(const void* job, int64_t task, float* scratch);     // scratch: 2 * kRowBlock * columns
     void (*down)(const void* job, int64_t task, float* scratch);       // scratch: kRowBlock * columns_per_task
     void (*attention)(const void* job, int64_t task, float* scratch);  // scratch: kQueryBlock * span + kKeyBlock * columns
+    void (*score)(const void* job, int64_t task, float* scratch);      // scratch: none
+    void (*score_input)(const Format&, const float* x, int8_t* q, float* steps, float* sums);  // outputs come as zeros
     void (*decode)(const Format&, const void* data, const void* scales, const void* biases, float* out);
     void (*encode)(const float* values, int64_t n, int32_t dtype, void* out);
 };

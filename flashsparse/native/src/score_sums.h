@@ -1,0 +1,129 @@
+// The integer part of a score, where instruction sets differ: the sums of eight groups' products, exact.
+// Weights are a little-endian bit stream. `place` is where a variant wants value i of a token, so that the weights it
+// takes out of a stretch of bytes at once meet neighbouring values.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+#if defined(FS_AVX2)
+
+// A vector of weight words (32 bytes; of 3-bit values 24) holds `values`, 32 to a plane: plane k of 1, 2 and 4 bits is
+// the k-th value of each byte. 16-bit lane l of the planes' products adds values from the l-th sixteenth of them.
+template <int bits>
+struct Words {
+    static constexpr int planes = bits == 3 ? 2 : 8 / bits, values = 32 * planes, bytes = values * bits / 8;
+};
+
+template <int bits, int group>
+inline int64_t place(int64_t i) {
+    using W = Words<bits>;
+    int64_t first = i / W::values * W::values, r = i % W::values;
+    if (bits != 3) return first + r % W::planes * 32 + r / W::planes;
+    return first + (r & 2) * 16 + r / 4 * 2 + (r & 1);  // planes: values 0, 1, 4, 5, ... and 2, 3, 6, 7, ...
+}
+
+// At most 8 * 1 * 127 * 2, 4 * 3 * 127 * 2, 2 * 7 * 127 * 2, 2 * 15 * 127 * 2 a lane: int16 holds all.
+template <int bits>
+inline __m256i plane_products(const uint8_t* words, const int8_t* q) {
+    __m256i all_words = _mm256_loadu_si256((const __m256i*)words), mask = _mm256_set1_epi8((1 << bits) - 1);
+    __m256i total = _mm256_setzero_si256();
+    for (int k = 0; k < Words<bits>::planes; k++) {
+        __m256i plane = _mm256_and_si256(_mm256_srli_epi16(all_words, k * bits), mask);
+        __m256i x = _mm256_loadu_si256((const __m256i*)(q + 32 * k));
+        total = _mm256_add_epi16(total, _mm256_maddubs_epi16(plane, x));
+    }
+    return total;
+}
+
+// Two 3-bit values at bits 0 and 3 of each 16-bit lane become its two bytes.
+inline __m256i pair_bytes(__m256i lanes) {
+    __m256i first = _mm256_and_si256(lanes, _mm256_set1_epi16(7));
+    __m256i second = _mm256_and_si256(_mm256_slli_epi16(lanes, 5), _mm256_set1_epi16(0x700));
+    return _mm256_or_si256(first, second);
+}
+
+template <>
+inline __m256i plane_products<3>(const uint8_t* words, const int8_t* q) {
+    // Three bytes, eight values, to each 32-bit lane, then twelve bits, four values, to each half of it.
+    __m256i all_words = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)words)),
+                                                _mm_loadu_si128((const __m128i*)(words + 8)), 1);
+    __m256i spread = _mm256_setr_epi8(0, 1, 1, 2, 3, 4, 4, 5, 6, 7, 7, 8, 9, 10, 10, 11,  //
+                                      4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11, 12, 13, 14, 14, 15);
+    __m256i pairs = _mm256_shuffle_epi8(all_words, spread);
+    __m256i fours = _mm256_blend_epi16(pairs, _mm256_srli_epi16(pairs, 4), 0xaa);
+    __m256i x0 = _mm256_loadu_si256((const __m256i*)q), x1 = _mm256_loadu_si256((const __m256i*)(q + 32));
+    return _mm256_add_epi16(_mm256_maddubs_epi16(pair_bytes(fours), x0),
+                            _mm256_maddubs_epi16(pair_bytes(_mm256_srli_epi16(fours, 6)), x1));
+}
+
+template <int bits>
+inline __m256i wide_products(const uint8_t* words, const int8_t* q) {
+    return _mm256_madd_epi16(plane_products<bits>(words, q), _mm256_set1_epi16(1));
+}
+
+// In each half: lane i becomes the sum of the half's four lanes of vector i.
+template <class Vector>
+inline __m256i sums_of_four(Vector&& at) {
+    return _mm256_hadd_epi32(_mm256_hadd_epi32(at(0), at(1)), _mm256_hadd_epi32(at(2), at(3)));
+}
+
+template <class Vector>
+inline __m256i sums_of_eight(Vector&& at) {
+    __m256i low = sums_of_four(at), high = sums_of_four([&](int i) { return at(i + 4); });
+    return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
+}
+
+template <int bits, int group>
+inline V eight_groups(const uint8_t* words, const int8_t* q) {
+    using W = Words<bits>;
+    constexpr int vectors = 8 * group / W::values;
+    auto at = [&](int i) { return wide_products<bits>(words + i * W::bytes, q + i * W::values); };
+    __m256i sums;
+    if constexpr (vectors == 1) sums = at(0);
+    else if constexpr (vectors == 2) sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(at(0), at(1)), 0xd8);
+    else if constexpr (vectors == 4)
+        sums = _mm256_permutevar8x32_epi32(sums_of_four(at), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    else if constexpr (vectors == 8) sums = sums_of_eight(at);
+    else sums = sums_of_eight([&](int i) { return _mm256_add_epi32(at(2 * i), at(2 * i + 1)); });
+    return _mm256_cvtepi32_ps(sums);
+}
+
+#else
+
+// The k-th values of a group's bytes lie together; 3-bit values stay in order.
+template <int bits, int group>
+inline int64_t place(int64_t i) {
+    if (bits == 3) return i;
+    constexpr int planes = 8 / bits, bytes = group / planes;
+    int64_t r = i % group;
+    return i - r + r % planes * bytes + r / planes;
+}
+
+template <int bits, int group>
+inline int32_t group_products(const uint8_t* words, const int8_t* q) {
+    int32_t total = 0;
+    if (bits == 3) {
+        for (int i = 0; i < group / 8; i++) {
+            int32_t eight = words[3 * i] | words[3 * i + 1] << 8 | words[3 * i + 2] << 16;
+            for (int k = 0; k < 8; k++) total += (eight >> (3 * k) & 7) * q[8 * i + k];
+        }
+        return total;
+    }
+    constexpr int planes = 8 / (bits == 3 ? 1 : bits), bytes = group / planes;
+    for (int k = 0; k < planes; k++)
+        for (int i = 0; i < bytes; i++) total += (words[i] >> (k * bits) & ((1 << bits) - 1)) * q[k * bytes + i];
+    return total;
+}
+
+template <int bits, int group>
+inline V eight_groups(const uint8_t* words, const int8_t* q) {
+    float sums[8];
+    for (int g = 0; g < 8; g++) sums[g] = float(group_products<bits, group>(words + g * (group * bits / 8), q + g * group));
+    return load(sums);
+}
+
+#endif
+
+}  // namespace
