@@ -1,1 +1,1 @@
-"""Fits and calibrates the predictors of one layer at a time, from arrays. Walks no model; what runs them is the engine."""
+"""Fits and calibrates predictors, one layer at a time, from arrays. Walks no model; the engine runs what comes out."""

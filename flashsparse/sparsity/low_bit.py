@@ -56,7 +56,8 @@ class LowBit:
 def pack(values: np.ndarray, bits: int) -> np.ndarray:
     """uint32 [n, d * bits / 32] from integers [n, d] below 2**bits, as one little-endian bit stream per row.
 
-    Value j of a row is in bits [j * bits, (j + 1) * bits) of its words. Raises ValueError unless d * bits is a multiple of 32 and d one of 8.
+    Value j of a row is in bits [j * bits, (j + 1) * bits) of its words. Raises ValueError unless d is a multiple of 8
+    and d * bits one of 32.
     """
     rows, columns = values.shape
     if columns % 8 or columns * bits % 32:

@@ -1,0 +1,186 @@
+"""Fits of one layer's predictor: copies, closed forms, training, thresholds, sizes and hints, on hand-made layers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import converter.predictors.products as products
+from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy
+from converter.predictors.low_rank import (
+    LowRank,
+    Moments,
+    _leading,
+    reduced_rank_regression,
+    truncated_svd,
+    whitened_svd,
+)
+from flashsparse.errors import ConvertError, UsageError
+from flashsparse.sparsity.low_bit import round_input
+
+D, WIDTH, TOKENS = 64, 96, 600
+
+
+class Layer:
+    """Inputs with very unequal directions, a random gate with a bias, an up and a down projection."""
+
+    def __init__(self, seed: int = 0) -> None:
+        rng = np.random.default_rng(seed)
+        mix = rng.standard_normal((D, D)) * np.geomspace(3, 0.05, D)
+        self.x = (rng.standard_normal((TOKENS, D)) @ mix.T / 4).astype(np.float32)
+        self.gate, self.up = rng.standard_normal((2, WIDTH, D)).astype(np.float32)
+        self.bias = (rng.standard_normal(WIDTH) - 6).astype(np.float32)
+        self.down = rng.standard_normal((D, WIDTH)).astype(np.float32)
+
+    def moments(self) -> Moments:
+        found = Moments(D)
+        for start in range(0, TOKENS, 128):
+            found.add(self.x[start : start + 128])
+        return found
+
+
+@pytest.fixture(scope="module")
+def layer() -> Layer:
+    return Layer()
+
+
+def error(fit: LowRank, x: np.ndarray, target: np.ndarray) -> float:
+    return float(((fit.logits(x) - target) ** 2).sum())
+
+
+def test_products_use_blas_here_and_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((5, 7)).astype(np.float32), rng.standard_normal((3, 7)).astype(np.float32).T
+    used = []
+    on_gpu = products._on_gpu
+    monkeypatch.setattr(products, "_on_gpu", lambda *given: used.append(given) or on_gpu(*given))
+    for metal in (False, True):
+        monkeypatch.setattr(products, "_metal", lambda metal=metal: metal)
+        out = np.empty((5, 3), np.float32)
+        assert products.matmul(a, b, out) is out
+        np.testing.assert_allclose(out, a @ b, rtol=1e-5)
+        np.testing.assert_allclose(products.matmul(a, b), a @ b, rtol=1e-5)
+        assert products.matmul(a.astype(np.float64), b.astype(np.float64)).dtype == np.float64
+    assert len(used) == 2
+
+
+def test_a_gate_copy_scores_with_its_bias(layer: Layer) -> None:
+    copy = fit_gate_copy(layer.gate, layer.bias, 4, 64, layer.moments().importance())
+    tensors = copy.tensors()
+    assert {name: (values.dtype.str, values.shape) for name, values in tensors.items()} == {
+        "gate.weight": ("<u4", (WIDTH, D * 4 // 32)),
+        "gate.scales": ("<f2", (WIDTH, 1)),
+        "gate.biases": ("<f2", (WIDTH, 1)),
+        "gate.bias": ("<f4", (WIDTH,)),
+    }
+    expected = round_input(layer.x, 64) @ copy.gate.dequantize().T + layer.bias
+    np.testing.assert_allclose(copy.scores("relu", None, layer.x), expected, atol=1e-3)
+    assert "gate.bias" not in fit_gate_copy(layer.gate, None, 2, 32).tensors()
+
+
+def test_gate_and_up_copies_score_the_value(layer: Layer) -> None:
+    copy = fit_gate_up_copy(layer.gate, None, layer.up, layer.down, 2, 32)
+    assert set(copy.tensors()) == {
+        "gate.weight", "gate.scales", "gate.biases", "up.weight", "up.scales", "up.biases", "down_norm",
+    }  # fmt: skip
+    assert copy.up is not None
+    gate, up = (round_input(layer.x, 32) @ part.dequantize().T for part in (copy.gate, copy.up))
+    norms = np.linalg.norm(layer.down, axis=0)
+    expected = np.maximum(gate, 0) * np.abs(up) * norms
+    np.testing.assert_allclose(copy.scores("relu", None, layer.x), expected, rtol=1e-3, atol=1e-3)
+    alone = fit_gate_up_copy(layer.gate, layer.bias, None, layer.down, 2, 32)
+    assert set(alone.tensors()) == {"gate.weight", "gate.scales", "gate.biases", "gate.bias", "down_norm"}
+    expected = np.maximum(gate + layer.bias, 0) * norms
+    np.testing.assert_allclose(alone.scores("relu", None, layer.x), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_plain_svd_is_the_best_in_the_frobenius_norm(layer: Layer) -> None:
+    left, values, right = np.linalg.svd(layer.gate.astype(np.float64), full_matrices=False)
+    fit = truncated_svd(layer.gate, 10)
+    np.testing.assert_allclose(fit.fc2 @ fit.fc1, (left[:, :10] * values[:10]) @ right[:10], atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(fit.fc1, axis=1), np.linalg.norm(fit.fc2, axis=0), rtol=1e-5)
+
+
+def test_the_whitened_svd_is_the_best_on_the_inputs(layer: Layer) -> None:
+    target = layer.x @ layer.gate.T
+    values = np.linalg.svd(target.astype(np.float64), compute_uv=False)
+    best = float((values[10:] ** 2).sum())  # no map of rank 10 does better on these outputs
+    whitened = error(whitened_svd(layer.gate, 10, layer.moments()), layer.x, target)
+    assert 0.9999 * best < whitened < 1.01 * best
+    assert whitened < 0.8 * error(truncated_svd(layer.gate, 10), layer.x, target)
+
+
+def test_a_bias_takes_up_the_error_of_the_mean(layer: Layer) -> None:
+    shifted = Moments(D)
+    x = layer.x + np.linspace(-2, 2, D, dtype=np.float32)
+    shifted.add(x)
+    target = x @ layer.gate.T + layer.bias
+    with_bias = whitened_svd(layer.gate, 10, shifted, layer.bias)
+    assert with_bias.bias is not None
+    np.testing.assert_allclose(with_bias.logits(x).mean(axis=0), target.mean(axis=0), atol=1e-3)
+    without = whitened_svd(layer.gate, 10, shifted)
+    without = LowRank(without.fc1, without.fc2, layer.bias)
+    assert error(with_bias, x, target) < error(without, x, target)
+
+
+def test_regression_is_the_best_map_of_its_rank(layer: Layer) -> None:
+    rng = np.random.default_rng(1)
+    target = (np.tanh(layer.x) @ rng.standard_normal((D, WIDTH)) + 3).astype(np.float32)
+    moments = Moments(D, WIDTH)
+    moments.add(layer.x[:200], target[:200])
+    moments.add(layer.x[200:], target[200:])
+    fit = reduced_rank_regression(moments, 12)
+    x, g = layer.x - layer.x.mean(axis=0), (target - target.mean(axis=0)).astype(np.float64)
+    full = x @ np.linalg.lstsq(x, g, rcond=None)[0]
+    left, values, right = np.linalg.svd(full, full_matrices=False)
+    best = float(((left[:, :12] * values[:12]) @ right[:12] - g).__pow__(2).sum())
+    assert 0.9999 * best < error(fit, layer.x, target) < 1.01 * best
+    own = Moments(D, WIDTH)
+    own.add(layer.x, layer.x @ layer.gate.T + layer.bias)
+    same, svd = reduced_rank_regression(own, 8), whitened_svd(layer.gate, 8, layer.moments(), layer.bias)
+    np.testing.assert_allclose(same.logits(layer.x), svd.logits(layer.x), atol=0.2)  # but for the damping
+
+
+@pytest.mark.parametrize("shape", [(96, 64), (40, 64)])
+def test_full_rank_is_the_gate_itself(shape: tuple[int, int], layer: Layer) -> None:
+    gate = np.random.default_rng(2).standard_normal(shape).astype(np.float32)
+    for fit in (truncated_svd(gate, min(shape)), whitened_svd(gate, min(shape), layer.moments())):
+        np.testing.assert_allclose(fit.fc2 @ fit.fc1, gate, atol=1e-3)
+        found, true = fit.logits(layer.x) > 0, layer.x @ gate.T > 0
+        assert (found & true).sum() / true.sum() > 0.999
+
+
+def test_the_bias_must_be_in_the_predictor(layer: Layer) -> None:
+    true = layer.x @ layer.gate.T + layer.bias > 0
+    fit = truncated_svd(layer.gate, D, layer.bias)
+    without = LowRank(fit.fc1, fit.fc2)
+    assert ((fit.logits(layer.x) > 0) != true).mean() < 1e-3
+    assert ((without.logits(layer.x) > 0) != true).mean() > 0.1
+
+
+def test_subspace_iteration_is_nearly_exact() -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((1300, 1100))  # flat: the hard case
+    gram = weight.T @ weight
+    vectors = _leading(gram, 40)
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(40), atol=1e-9)
+    missed = np.trace(gram) - np.trace(vectors.T @ gram @ vectors)
+    assert missed < 1.01 * np.linalg.eigvalsh(gram)[:-40].sum()
+
+
+def test_what_is_stored_is_float16(layer: Layer) -> None:
+    fit = truncated_svd(layer.gate, 4, layer.bias)
+    tensors = fit.tensors()
+    assert [tensors[f"{name}.weight"].dtype for name in ("fc1", "fc2")] == [np.float16, np.float16]
+    assert np.array_equal(fit.stored().fc2, tensors["fc2.weight"].astype(np.float32))
+    assert np.array_equal(tensors["fc2.bias"], layer.bias)
+    with pytest.raises(ConvertError, match="fc1"):
+        LowRank(np.full((1, 2), 1e6, np.float32), fit.fc2).tensors()
+
+
+@pytest.mark.parametrize("rank", [0, D + 1])
+def test_a_rank_that_cannot_be_is_refused(rank: int, layer: Layer) -> None:
+    with pytest.raises(UsageError, match=f"rank {rank}: expected 1 to {D}"):
+        truncated_svd(layer.gate, rank)
+    with pytest.raises(UsageError, match="no tokens"):
+        whitened_svd(layer.gate, 4, Moments(D))
