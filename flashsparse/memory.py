@@ -7,9 +7,11 @@ allocates nothing and knows no model. No MLX, no numpy.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from flashsparse.errors import BudgetError, FlashSparseError, UsageError
 CGROUP_RESERVE = 64_000_000  # left free under a control group's limit, for what the kernel charges to the group
 MIN_CONTEXT = 256
 CONTEXT_STEP = 64
+MIN_DENSITY = 1e-3  # a layer that calibration found silent still gets slots beyond the floor
 _UNLIMITED = 1 << 60  # cgroup v1 writes a number near 2**63 for "no limit"
 _UNITS = {"": 1, "b": 1} | {
     name: base**power
@@ -177,6 +180,7 @@ class MemoryPlan:
     needs_all: int  # the budget with which every record has a slot
     floor: int  # the smallest budget that works
     records: int
+    predictor: int = 0  # the part of `resident` that names neurons
 
     @property
     def unused(self) -> int:
@@ -186,7 +190,8 @@ class MemoryPlan:
         """A few aligned lines for the terminal."""
         rows = [
             ("budget", self.budget, f"smallest {format_bytes(self.floor)}, everything {format_bytes(self.needs_all)}"),
-            ("resident", self.resident, "weights that are always in memory"),
+            ("resident", self.resident - self.predictor, "weights that are always in memory"),
+            *([("predictor", self.predictor, "names the active neurons")] if self.predictor else []),
             ("kv cache", self.kv, f"{self.max_kv_size} tokens (--max-kv-size)"),
             ("slots", self.slots_bytes, self._slots_note()),
             ("scratch", self.scratch, ""),
@@ -199,9 +204,10 @@ class MemoryPlan:
     def _slots_note(self) -> str:
         if not any(self.slots):
             return "none: layers are streamed"
-        least = min(self.slots)
-        share = f"{100 * least / self.records:.0f} %"
-        return f"{least} of {self.records} records in each of {len(self.slots)} layers ({share})"
+        least, most = min(self.slots), max(self.slots)
+        share = f"{100 * sum(self.slots) / len(self.slots) / self.records:.0f} %"
+        each = f"{least}" if least == most else f"{least} to {most}"
+        return f"{each} of {self.records} records in each of {len(self.slots)} layers ({share})"
 
     def to_dict(self) -> dict[str, int | list[int]]:
         """The plan as plain values, with `unused`."""
@@ -223,29 +229,36 @@ def make_plan(
     slot_bytes: int,
     floor_slots: int = 64,
     expected_density: float = 0.12,
+    predictor: int = 0,
+    densities: Sequence[float] | None = None,
+    whole: Sequence[int] = (),
 ) -> MemoryPlan:
     """Divide `budget` among resident weights, KV cache and slots.
 
     Bytes; `context_limit` and `max_kv_size` in tokens; `records` per layer. Without `max_kv_size` the KV cache takes
     what leaves room for one token's set (`expected_density`) in every layer. `floor_slots=0`: the layers are streamed,
-    without slots. Raises BudgetError below the floor, UsageError for a `max_kv_size` that the model cannot use.
+    without slots. `predictor`: the part of `resident` that the predictor is.
+
+    With `densities` (the share of each layer's records that a token needs) slots are divided in proportion to them,
+    else equally. The layers `whole` need all of their records for each token: they get all slots, before the others get
+    more than the floor, or none when that does not fit, and are streamed then.
+    Raises BudgetError below the floor, UsageError for a `max_kv_size` that the model cannot use.
     """
     if max_kv_size is not None and not 1 <= max_kv_size <= context_limit:
         raise UsageError(f"--max-kv-size {max_kv_size} is not between 1 and {context_limit}, the model's context")
     fixed = resident + scratch + overhead
-    slots_price = layers * slot_bytes  # of one slot in every layer
-    least_slots = min(floor_slots, records)
-    most_slots = records if floor_slots else 0
+    sizes = _SlotSizes.of(records, layers, floor_slots, densities, expected_density, whole)
     context = max_kv_size or min(MIN_CONTEXT, context_limit)
-    floor = fixed + context * kv_bytes_per_token + least_slots * slots_price
+    floor = fixed + context * kv_bytes_per_token + sum(sizes.least) * slot_bytes
     if budget < floor:
-        raise _below_floor(budget, floor, resident, context * kv_bytes_per_token, context, least_slots * slots_price)
+        least_bytes = sum(sizes.least) * slot_bytes
+        raise _below_floor(budget, floor, resident, context * kv_bytes_per_token, context, least_bytes)
+    sizes.keep_whole((budget - floor) // slot_bytes)
     if max_kv_size is None:
-        token_set = min(most_slots, max(least_slots, -int(-records * expected_density // 1)))
-        room = budget - fixed - token_set * slots_price
+        room = budget - fixed - sum(sizes.wanted) * slot_bytes
         context = max(context, _context_for(room, kv_bytes_per_token, context_limit))
     kv = context * kv_bytes_per_token
-    slots = min(most_slots, (budget - fixed - kv) // slots_price) if most_slots else 0
+    slots = sizes.divide((budget - fixed - kv) // slot_bytes)
     return MemoryPlan(
         budget=budget,
         runtime=runtime,
@@ -254,13 +267,86 @@ def make_plan(
         max_kv_size=context,
         scratch=scratch,
         overhead=overhead,
-        slots=(slots,) * layers,
+        slots=slots,
         slot_bytes=slot_bytes,
-        slots_bytes=slots * slots_price,
-        needs_all=fixed + (max_kv_size or context_limit) * kv_bytes_per_token + most_slots * slots_price,
+        slots_bytes=sum(slots) * slot_bytes,
+        needs_all=fixed + (max_kv_size or context_limit) * kv_bytes_per_token + layers * sizes.most * slot_bytes,
         floor=floor,
         records=records,
+        predictor=predictor,
     )
+
+
+@dataclass
+class _SlotSizes:
+    """Slots of each layer: the least, what one token wants, the most that are of use. `weights`: None, all equal."""
+
+    least: list[int]
+    wanted: list[int]
+    most: int
+    weights: list[float] | None
+    whole: tuple[int, ...]
+
+    @staticmethod
+    def of(
+        records: int, layers: int, floor: int, densities: Sequence[float] | None, expected: float, whole: Sequence[int]
+    ) -> _SlotSizes:
+        most = records if floor else 0
+        least = [min(floor, records)] * layers
+        for layer in whole:  # some slots are of no use to a layer that needs every record
+            least[layer] = most if floor >= records else 0
+        each = densities if densities is not None else [expected] * layers
+        wanted = [min(most, max(low, math.ceil(records * share))) for low, share in zip(least, each, strict=True)]
+        for layer in whole:
+            wanted[layer] = least[layer]
+        weights = None if densities is None else [max(share, MIN_DENSITY) for share in densities]
+        return _SlotSizes(least, wanted, most, weights, tuple(whole))
+
+    def keep_whole(self, spare: int) -> None:
+        """Give layers that need every record all of their slots, while `spare` ones beyond the floor last."""
+        for layer in self.whole:
+            if 0 < self.most - self.least[layer] <= spare:
+                spare -= self.most - self.least[layer]
+                self.least[layer] = self.wanted[layer] = self.most
+
+    def divide(self, total: int) -> tuple[int, ...]:
+        """At most `total` slots in all."""
+        slots = list(self.least)
+        shared = [layer for layer in range(len(slots)) if layer not in self.whole]
+        total -= sum(self.least[layer] for layer in self.whole)
+        if shared and self.weights is None:
+            share = min(self.most, total // len(shared))
+            divided = [share] * len(shared)
+        else:
+            weights = [(self.weights or [])[layer] for layer in shared]
+            divided = divide_slots(total, [self.least[layer] for layer in shared], self.most, weights)
+        for layer, count in zip(shared, divided, strict=True):
+            slots[layer] = count
+        return tuple(slots)
+
+
+def divide_slots(total: int, least: Sequence[int], most: int, weights: Sequence[float]) -> list[int]:
+    """`total` slots in proportion to `weights` (> 0), every layer's within its `least` and `most`.
+
+    All of `total` is given out unless every layer has the most; what rounding leaves goes to the largest fractions, the
+    lower layer first. `total` is at least the sum of `least`.
+    """
+
+    def slots(scale: float) -> list[int]:
+        return [min(most, max(low, int(scale * weight))) for low, weight in zip(least, weights, strict=True)]
+
+    if not weights or total >= most * len(weights):
+        return [most] * len(weights)
+    low, high = 0.0, (most + 1) / min(weights)
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(slots(middle)) <= total else (low, middle)
+    given = slots(low)
+    open_layers = [layer for layer in range(len(given)) if given[layer] < most]
+    open_layers.sort(key=lambda layer: (-(low * weights[layer] - given[layer]), layer))
+    for layer in open_layers[: total - sum(given)]:
+        given[layer] += 1
+    return given
 
 
 def _context_for(room: int, bytes_per_token: int, limit: int) -> int:

@@ -224,3 +224,61 @@ def test_plan_describes_itself() -> None:
 def test_imports_neither_mlx_nor_numpy() -> None:
     code = "import sys, flashsparse.memory; sys.exit(any(m in sys.modules for m in ('mlx', 'numpy')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_slots_follow_the_densities() -> None:
+    shape = SHAPE | {"layers": 4, "records": 1000, "max_kv_size": 4096}
+    densities = (0.02, 0.04, 0.3, 0.5)
+    floor = memory.make_plan(budget=1 << 62, densities=densities, **shape).floor
+    plan = memory.make_plan(budget=floor + (860 - 4 * 64) * 17_408 + 5, densities=densities, **shape)
+    assert plan.slots == (64, 64, 274, 458)  # (860 - 128) in proportion 3 : 5, the first two at the floor
+    assert plan.unused == 5
+    assert memory.make_plan(budget=floor, densities=densities, **shape).slots == (64,) * 4
+    most = memory.make_plan(budget=plan.needs_all, densities=densities, **shape)
+    assert most.slots == (1000,) * 4 and most.unused == 0
+    assert "64 to 458 of 1000 records in each of 4 layers (22 %)" in plan.describe()
+
+
+def test_a_layer_that_needs_every_record_has_all_slots_or_none() -> None:
+    shape = SHAPE | {"layers": 3, "records": 1000, "max_kv_size": 4096, "whole": (0,)}
+    for densities in (None, (1.0, 0.1, 0.3)):
+        floor = memory.make_plan(budget=1 << 62, densities=densities, **shape).floor
+        plan = memory.make_plan(budget=floor + 999 * 17_408, densities=densities, **shape)
+        assert plan.slots[0] == 0 and sum(plan.slots[1:]) >= 2 * 64 + 998
+        plan = memory.make_plan(budget=floor + 1000 * 17_408, densities=densities, **shape)
+        assert plan.slots == (1000, 64, 64)
+        assert memory.make_plan(budget=plan.needs_all, densities=densities, **shape).slots == (1000,) * 3
+    assert memory.make_plan(budget=plan.needs_all, **(shape | {"layers": 1})).slots == (1000,)
+
+
+def test_the_context_leaves_room_for_the_densities() -> None:
+    thin = memory.make_plan(budget=9 * GB, densities=(0.02,) * 32, **SHAPE)
+    wide = memory.make_plan(budget=9 * GB, densities=(0.2,) * 32, **SHAPE)
+    assert thin.max_kv_size > wide.max_kv_size
+    assert min(thin.slots) >= 0.02 * 11008 and min(wide.slots) >= 0.2 * 11008
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-3, 1), st.integers(0, 64)), min_size=1, max_size=40),
+    st.integers(64, 3000),
+    st.integers(0, 100_000),
+)
+def test_divided_slots_are_all_given_out_in_order_of_weight(
+    layers: list[tuple[float, int]], most: int, extra: int
+) -> None:
+    weights, least = [weight for weight, _ in layers], [low for _, low in layers]
+    total = sum(least) + extra
+    given = memory.divide_slots(total, least, most, weights)
+    assert sum(given) == min(total, most * len(layers))
+    assert all(low <= count <= most for low, count in zip(least, given, strict=True))
+    free = [(w, c) for w, c, low in zip(weights, given, least, strict=True) if low < c < most]
+    for weight, count in free:  # in proportion, within the one slot that rounding gives or takes
+        assert all(abs(count * other / weight - theirs) <= 1 + other / weight for other, theirs in free)
+    assert given == memory.divide_slots(total, least, most, weights)
+
+
+def test_plan_shows_the_predictor_by_itself() -> None:
+    plan = memory.make_plan(budget=9 * GB, predictor=500_000_000, **SHAPE)
+    assert "resident   6.50 GB" in plan.describe()
+    assert "predictor   500 MB  names the active neurons" in plan.describe()
+    assert "predictor" not in memory.make_plan(budget=9 * GB, **SHAPE).describe()
