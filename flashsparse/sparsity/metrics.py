@@ -8,6 +8,7 @@ c_i = ||down column i||.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -109,22 +110,31 @@ def dead_neurons(counts: npt.NDArray[np.integer], tokens: int) -> int:
     return int((counts < DEAD * tokens).sum())
 
 
+@dataclass(eq=False)
+class Searched:
+    """What a search over a layer's thresholds learned, kept while its weights are not: see Cett."""
+
+    whole: npt.NDArray[np.float64]  # ||down h|| of each token [T]
+    candidates: Array  # ascending thresholds
+    known: dict[int, float] = field(default_factory=dict)  # index of a candidate -> its CETT
+
+
 class Cett:
     """CETT of one layer (Sparsing Law): the mean over tokens of ||sum_D h_i down_i|| / ||down h||, D = {n_i <= t}.
 
     hidden h [T, I], down [d, I], norms c [I]; n = |h| * c. Tokens whose output is zero have no ratio and are left out.
+    `searched` is what an earlier search over the same layer left.
     """
 
-    def __init__(self, hidden: Array, down: Array, norms: Array) -> None:
+    def __init__(self, hidden: Array, down: Array, norms: Array, searched: Searched | None = None) -> None:
         self.hidden, self.down, self.norms = hidden, down, norms
-        self.whole = self._lengths(math.inf)
-        self.candidates = threshold_candidates(hidden, norms)
-        self._known: dict[int, float] = {}
+        self.searched = searched or Searched(self._lengths(math.inf), threshold_candidates(hidden, norms))
 
     def at(self, threshold: float) -> float:
         """CETT with the tail {n <= threshold}; 0 when every token's output is zero."""
-        some = self.whole > 0
-        return float((self._lengths(threshold)[some] / self.whole[some]).mean()) if some.any() else 0.0
+        whole = self.searched.whole
+        some = whole > 0
+        return float((self._lengths(threshold)[some] / whole[some]).mean()) if some.any() else 0.0
 
     def largest_threshold(self, target: float) -> float:
         """The largest candidate whose CETT is at most `target`; 0 (nothing skipped) when there is none.
@@ -132,12 +142,13 @@ class Cett:
         Binary search over the candidates. CETT need not rise with the threshold, since truncated vectors can cancel:
         a bounded scan behind the point found looks for a larger one. At run time a neuron is skipped iff n < t.
         """
-        found = self._last(-1, len(self.candidates), target)
+        candidates = self.searched.candidates
+        found = self._last(-1, len(candidates), target)
         for step in (2, 4, 8, 16, 32, 64):
             further = found + step
-            if further < len(self.candidates) and self._candidate(further) <= target:
-                found = self._last(further, len(self.candidates), target)
-        return float(self.candidates[found]) if found >= 0 else 0.0
+            if further < len(candidates) and self._candidate(further) <= target:
+                found = self._last(further, len(candidates), target)
+        return float(candidates[found]) if found >= 0 else 0.0
 
     def _last(self, low: int, high: int, target: float) -> int:
         """The last index of low..high - 1 within the target, if the ones within it come first; `low` when none is."""
@@ -150,9 +161,10 @@ class Cett:
         return low
 
     def _candidate(self, index: int) -> float:
-        if index not in self._known:
-            self._known[index] = self.at(float(self.candidates[index]))
-        return self._known[index]
+        known = self.searched.known
+        if index not in known:
+            known[index] = self.at(float(self.searched.candidates[index]))
+        return known[index]
 
     def _lengths(self, threshold: float) -> npt.NDArray[np.float64]:
         """||sum of the tail's contributions|| of each token [T]."""

@@ -77,13 +77,13 @@ def test_the_search_finds_a_candidate_within_the_target_with_the_next_beyond_it(
     hidden, down, norms = layer(seed, relu=relu)
     cett = Cett(hidden, down, norms)
     found = cett.largest_threshold(target)
-    index = int(np.searchsorted(cett.candidates, np.float32(found)))
-    if found == 0 and cett.candidates[0] > 0:
-        assert cett.at(float(cett.candidates[0])) > target
+    index = int(np.searchsorted(cett.searched.candidates, np.float32(found)))
+    if found == 0 and cett.searched.candidates[0] > 0:
+        assert cett.at(float(cett.searched.candidates[0])) > target
         return
     assert cett.at(found) <= target
-    if index + 1 < len(cett.candidates):
-        assert cett.at(float(cett.candidates[index + 1])) > target
+    if index + 1 < len(cett.searched.candidates):
+        assert cett.at(float(cett.searched.candidates[index + 1])) > target
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -113,8 +113,8 @@ def test_the_search_looks_behind_a_bump() -> None:
     hidden = np.array([[1.0, 1.001, 5.0]], np.float32)
     down = np.array([[1.0, -1.0, 0.0], [0.0, 0.0, 1.0]], np.float32)
     cett = Cett(hidden, down, np.ones(3, np.float32))
-    cett.candidates = np.array([0.5, 1.0, 1.0005, 1.002, 1.1, 2.0, 6.0], np.float32)
-    assert [cett.at(float(t)) < 0.1 for t in cett.candidates] == [True, False, False, True, True, True, False]
+    cett.searched.candidates = np.array([0.5, 1.0, 1.0005, 1.002, 1.1, 2.0, 6.0], np.float32)
+    assert [cett.at(float(t)) < 0.1 for t in cett.searched.candidates] == [True, False, False, True, True, True, False]
     assert cett.largest_threshold(0.1) == 2.0
 
 
@@ -144,7 +144,7 @@ def test_exact_zeros_are_never_active_and_nan_always_is() -> None:
 
 
 def test_quantities() -> None:
-    a, h, c = np.float32([[-1, 2]]), np.float32([[3, -4]]), np.float32([2, 0.5])
+    a, h, c = np.array([[-1, 2]], np.float32), np.array([[3, -4]], np.float32), np.array([2, 0.5], np.float32)
     assert metrics.magnitude("gate", a, h, c).tolist() == [[1, 2]]
     assert metrics.magnitude("hidden", a, h, c).tolist() == [[3, 4]]
     assert metrics.magnitude("value", a, h, c).tolist() == [[6, 2]]
