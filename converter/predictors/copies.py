@@ -16,7 +16,7 @@ from flashsparse.sparsity.selection import scores_from_gate, scores_from_gate_up
 
 @dataclass(frozen=True)
 class Copies:
-    """One layer's copies. `norms` [I] (of the down columns) is for the value score only; `up` is where the model has one."""
+    """One layer's copies. `norms` [I] (of the down columns) is for the value score only, as is `up` [I, d]."""
 
     gate: LowBit
     bias: np.ndarray | None = None

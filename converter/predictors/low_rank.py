@@ -104,6 +104,12 @@ def reduced_rank_regression(moments: Moments, rank: int) -> LowRank:
     return replace(fit, bias=(mean_g - fit.fc2 @ (fit.fc1 @ mean_x)).astype(np.float32))
 
 
+def rectified(fit: LowRank) -> LowRank:
+    """The same logits with ReLU between and twice the rank: z = relu(z) - relu(-z). A start for training."""
+    fc1, fc2 = np.concatenate([fit.fc1, -fit.fc1]), np.concatenate([fit.fc2, -fit.fc2], axis=1)
+    return replace(fit, fc1=fc1, fc2=fc2, relu=True)
+
+
 def check_rank(rank: int, inputs: int, outputs: int) -> None:
     """Raises UsageError for a rank outside 1..min(d, I)."""
     if not 1 <= rank <= min(inputs, outputs):
