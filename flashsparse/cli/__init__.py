@@ -18,8 +18,10 @@ import click
 # name -> (module that defines a click command of that name, short help)
 COMMANDS = {
     "convert": ("flashsparse.cli.convert", "Convert a checkpoint to a pack."),
+    "calibrate": ("flashsparse.cli.calibrate", "Measure which neurons fire on a text."),
     "chat": ("flashsparse.cli.chat", "Chat with a pack."),
     "generate": ("flashsparse.cli.generate", "Continue a prompt, once."),
+    "sparsity": ("flashsparse.cli.sparsity", "Measure how many neurons a model needs."),
     "info": ("flashsparse.cli.info", "Show what a pack holds."),
     "verify": ("flashsparse.cli.verify", "Check every checksum of a pack."),
     "demo": ("flashsparse.cli.demo", "Stream the embedded model under a small budget."),

@@ -1,6 +1,7 @@
 """Figures of sparsity: activation ratio per layer, ratio against perplexity, and what a calibration recorded.
 
-Owns the drawing; numbers come in as plain sequences. Needs matplotlib (the `plot` extra), which is imported here late.
+Owns the drawing; numbers come in as plain sequences. Needs matplotlib (the `plot` extra), which is imported late.
+`check_plot` says beforehand whether a figure can be drawn.
 """
 
 from __future__ import annotations
@@ -8,18 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashsparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from flashsparse.sparsity.calibration import Calibration
 
 INK, GRID = "#1f2933", "#e4e7eb"
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#718096")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
 SHOWN_LAYERS = 6  # lines in a figure of one curve per layer
+UNDATED = {".png": "Software", ".pdf": "CreationDate", ".svg": "Date"}  # suffix -> what metadata leaves out
 PPL_FLOOR = 1e-3  # per cent, the least rise a logarithmic axis shows
 
 
@@ -56,27 +62,41 @@ def draw_frontiers(
     _save(figure, path, title)
 
 
-def draw_statistics(path: str | os.PathLike[str], statistics: dict[str, Any], title: str) -> None:
-    """A calibration's statistics in four panels.
+def draw_statistics(path: str | os.PathLike[str], calibration: Calibration, title: str) -> None:
+    """A calibration in four panels: activation frequency, persistence, norms, similarity of hidden states.
 
-    `frequency`: per layer, the share of tokens each neuron is active in [L, I]; `lags` and `persistence` [L, lags];
-    `output_norms` and `residual_norms` [L] or None; `similarity` [L - 1] or None: cosine of a layer's input and the
-    next one's; `head_norms` [L, H] or None.
+    What needs active sets is left out where the calibration has none (silu without a threshold).
     """
-    figure, ax = _figure(4)
-    _frequency(ax[0], np.asarray(statistics["frequency"]))
-    _persistence(ax[1], statistics["lags"], np.asarray(statistics["persistence"]))
-    _norms(ax[2], statistics)
-    _similarity(ax[3], statistics)
+    layers = range(calibration.layers)
+
+    def stacked(name: str) -> np.ndarray | None:
+        found = [calibration.tensor(layer, name) for layer in layers]
+        return None if any(one is None for one in found) else np.array(found)
+
+    frequency, persistence, union = (stacked(name) for name in ("frequency", "persistence", "union"))
+    figure, ax = _figure(2 if frequency is None else 4)
+    _norms(ax[-2], stacked("ffn_norm"), stacked("head_norm_mean"))
+    _similarity(ax[-1], stacked("similarity"))
+    if frequency is not None:
+        _frequency(ax[0], frequency)
+        _persistence(ax[1], calibration.description["lookbacks"], persistence, union)
     _save(figure, path, title)
 
 
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Raises UsageError when a figure could not be drawn to `path`: before the work, not after it."""
+    if Path(path).suffix.lower() not in UNDATED:
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(UNDATED)}")
+    if find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib: pip install 'flashsparse[plot]'")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"{path}: {Path(path).parent} is no directory")
+
+
 def _figure(panels: int) -> tuple[Any, list[Any]]:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("plots need matplotlib: pip install 'flashsparse[plot]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = min(panels, 2)
     rows = -(-panels // columns)
     figure = Figure(figsize=(6.2 * columns, 4.2 * rows), dpi=130, layout="constrained", facecolor="white")
@@ -92,12 +112,7 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
 
 def _save(figure: Any, path: str | os.PathLike[str], title: str) -> None:
     figure.suptitle(title, fontsize=12, color=INK)
-    # Without Software and date, equal numbers make equal files.
-    figure.savefig(Path(path), format=Path(path).suffix[1:] or "png", metadata=_metadata(Path(path)))
-
-
-def _metadata(path: Path) -> dict[str, None]:
-    return {"Software": None} if path.suffix.lower() == ".png" else {}
+    figure.savefig(Path(path), metadata={UNDATED[Path(path).suffix.lower()]: None})
 
 
 def _bars(ax: Any, series: Sequence[tuple[str, Sequence[float]]]) -> None:
@@ -150,36 +165,53 @@ def _frequency(ax: Any, frequency: np.ndarray) -> None:
     ax.legend(fontsize=8, frameon=False)
 
 
-def _persistence(ax: Any, lags: Sequence[int], persistence: np.ndarray) -> None:
-    for n, layer in enumerate(_chosen(len(persistence))):
-        ax.plot(lags, 100 * persistence[layer], marker="o", markersize=4, color=COLORS[n % len(COLORS)], linewidth=1.4)
-    ax.plot(lags, 100 * persistence.mean(axis=0), color=INK, linewidth=2.2, label="mean of all layers")
+def _persistence(ax: Any, lookbacks: Sequence[int], persistence: np.ndarray | None, union: np.ndarray | None) -> None:
+    """Both [L, lookbacks]."""
+    if persistence is not None:
+        for n, layer in enumerate(_chosen(len(persistence))):
+            color = COLORS[n % len(COLORS)]
+            ax.plot(lookbacks, 100 * persistence[layer], marker="o", markersize=4, color=color, linewidth=1.4)
+        ax.plot(
+            lookbacks, 100 * persistence.mean(axis=0), color=INK, linewidth=2.4, label="active again, mean of layers"
+        )
+    if union is not None:
+        mean = 100 * union.mean(axis=0)
+        ax.plot(lookbacks, mean, color=INK, linewidth=1.6, linestyle="--", label="layer in the window, mean of layers")
     ax.set_xscale("log", base=2)
-    ax.set_xticks(list(lags), [str(lag) for lag in lags])
+    ax.set_xticks(list(lookbacks), [str(k) for k in lookbacks])
     ax.set_ylim(0, 100)
-    ax.set(xlabel="window (tokens)", ylabel="of a token's neurons, active in the window (%)")
-    ax.set_title("Persistence", fontsize=10, color=INK)
+    ax.set(xlabel="window (tokens)", ylabel="% of the token's neurons, of the layer's")
+    ax.set_title("Persistence: active in the window too; and the window's share", fontsize=10, color=INK)
     ax.legend(fontsize=8, frameon=False)
 
 
-def _norms(ax: Any, statistics: dict[str, Any]) -> None:
-    for n, (key, label) in enumerate((("output_norms", "FFN output"), ("residual_norms", "residual entering"))):
-        if statistics.get(key) is not None:
-            ax.plot(statistics[key], marker=MARKERS[n], markersize=4, color=COLORS[n], label=label)
-    heads = statistics.get("head_norms")
+def _norms(ax: Any, ffn: np.ndarray | None, heads: np.ndarray | None) -> None:
+    """ffn [L, 2]: mean and standard deviation; heads [L, H]."""
+    if ffn is not None:
+        at = np.arange(len(ffn))
+        ax.errorbar(at, ffn[:, 0], ffn[:, 1], marker="o", markersize=4, capsize=3, color=COLORS[0], label="FFN output")
     if heads is not None:
-        at = np.repeat(np.arange(len(heads)), len(heads[0]))
-        ax.scatter(at, np.asarray(heads).reshape(-1), s=10, color=COLORS[2], alpha=0.6, label="attention heads")
-    ax.set_yscale("log")
-    ax.set(xlabel="layer", ylabel="mean norm over tokens")
+        at = np.repeat(np.arange(len(heads)), heads.shape[1])
+        ax.scatter(at, heads.reshape(-1), s=14, color=COLORS[1], alpha=0.7, zorder=3, label="attention heads, each")
+    ax.set_ylim(bottom=0)
+    _layer_axis(ax, "L2 norm, mean over tokens (bars: std)")
     ax.set_title("Norms", fontsize=10, color=INK)
     ax.legend(fontsize=8, frameon=False)
 
 
-def _similarity(ax: Any, statistics: dict[str, Any]) -> None:
-    similarity = statistics.get("similarity")
+def _similarity(ax: Any, similarity: np.ndarray | None) -> None:
+    """[L, 2]: with the residual that leaves the layer, and with the one that the FFN reads."""
     if similarity is not None:
-        ax.plot(similarity, marker="o", markersize=4, color=COLORS[0])
+        for n, label in enumerate(("and the one leaving it", "and the one its FFN reads")):
+            ax.plot(similarity[:, n], marker=MARKERS[n], markersize=4, color=COLORS[n], label=label)
     ax.set_ylim(top=1.02)
-    ax.set(xlabel="layer", ylabel="cosine")
-    ax.set_title("Similarity of a layer's input and the next one's", fontsize=10, color=INK)
+    _layer_axis(ax, "cosine, mean over tokens")
+    ax.set_title("Similarity of the residual entering a layer ...", fontsize=10, color=INK)
+    ax.legend(fontsize=8, frameon=False)
+
+
+def _layer_axis(ax: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set(xlabel="layer", ylabel=label)
