@@ -169,8 +169,8 @@ class LayerStatistics:
     [1], `coactivation`, `coactivation_ids`: see the classes; all of these only where active is defined.
     `value_mean`, `value_std` [I] of v_i = |h_i| * ||down column i||_2; `ffn_norm` [2] mean and standard deviation of
     the norm of the FFN's output; `head_norm_mean`, `head_norm_std` [H] of each head's attention output before the
-    output projection; `similarity` [2] mean cosine of the residual entering the layer with the one leaving it, and with the
-    one that the FFN reads (before its norm); `x_mean`, `x_square` [d] mean of x and of x^2, the FFN's input; with
+    output projection; `similarity` [2] mean cosine of the residual entering the layer with the one leaving it, and with
+    the one that the FFN reads (before its norm); `x_mean`, `x_square` [d] mean of x and of x^2, the FFN's input; with
     `covariance` also `x_second_moment` [d, d], mean of x x^T.
     """
 
