@@ -21,6 +21,7 @@ COMMANDS = {
     "calibrate": ("flashsparse.cli.calibrate", "Measure which neurons fire on a text."),
     "chat": ("flashsparse.cli.chat", "Chat with a pack."),
     "generate": ("flashsparse.cli.generate", "Continue a prompt, once."),
+    "eval": ("flashsparse.cli.eval", "Measure what a pack loses against the dense model."),
     "sparsity": ("flashsparse.cli.sparsity", "Measure how many neurons a model needs."),
     "info": ("flashsparse.cli.info", "Show what a pack holds."),
     "verify": ("flashsparse.cli.verify", "Check every checksum of a pack."),

@@ -40,9 +40,9 @@ class Curve:
 
 def draw_layers(path: str | os.PathLike[str], series: Sequence[tuple[str, Sequence[float]]], title: str) -> None:
     """Bars of activation ratio per layer, side by side for each (label, ratios) of the series."""
-    figure, ax = _figure(1)
+    figure, ax = new_figure(1)
     _bars(ax[0], series)
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
 def draw_frontiers(
@@ -55,11 +55,11 @@ def draw_frontiers(
 
     With `layers`, (label, ratios) pairs, bars of activation ratio per layer beside it.
     """
-    figure, ax = _figure(2 if layers else 1)
+    figure, ax = new_figure(2 if layers else 1)
     _frontiers(ax[0], curves)
     if layers:
         _bars(ax[1], layers)
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
 def draw_statistics(path: str | os.PathLike[str], calibration: Calibration, title: str) -> None:
@@ -74,13 +74,13 @@ def draw_statistics(path: str | os.PathLike[str], calibration: Calibration, titl
         return None if any(one is None for one in found) else np.array(found)
 
     frequency, persistence, union = (stacked(name) for name in ("frequency", "persistence", "union"))
-    figure, ax = _figure(2 if frequency is None else 4)
+    figure, ax = new_figure(2 if frequency is None else 4)
     _norms(ax[-2], stacked("ffn_norm"), stacked("head_norm_mean"))
     _similarity(ax[-1], stacked("similarity"))
     if frequency is not None:
         _frequency(ax[0], frequency)
         _persistence(ax[1], calibration.description["lookbacks"], persistence, union)
-    _save(figure, path, title)
+    save_figure(figure, path, title)
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
@@ -93,7 +93,8 @@ def check_plot(path: str | os.PathLike[str]) -> None:
         raise UsageError(f"{path}: {Path(path).parent} is no directory")
 
 
-def _figure(panels: int) -> tuple[Any, list[Any]]:
+def new_figure(panels: int) -> tuple[Any, list[Any]]:
+    """A figure and its axes, in this project's style. Raises UsageError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -110,7 +111,8 @@ def _figure(panels: int) -> tuple[Any, list[Any]]:
     return figure, axes
 
 
-def _save(figure: Any, path: str | os.PathLike[str], title: str) -> None:
+def save_figure(figure: Any, path: str | os.PathLike[str], title: str) -> None:
+    """Write the figure; equal figures make equal files."""
     figure.suptitle(title, fontsize=12, color=INK)
     figure.savefig(Path(path), metadata={UNDATED[Path(path).suffix.lower()]: None})
 

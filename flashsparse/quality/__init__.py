@@ -1,0 +1,1 @@
+"""How good a pack is: what it loses against the dense model on given text, and the record of that beside the pack."""

@@ -1,0 +1,71 @@
+"""`quality.json`: what was measured of a pack, kept in its directory and naming its digest.
+
+It is no file of the manifest: a pack is a function of its source, this is known only after running it. One that names
+another digest is of another pack and is ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from flashsparse.pack.manifest import canonical_json
+
+NAME = "quality.json"
+VERSION = 1
+MAX_BYTES = 16 << 20
+_SHOWN = ("tokens", "perplexity", "recall", "predicted_density", "true_density")
+
+
+def write_quality(pack: Path, quality: dict[str, Any]) -> Path:
+    """Writes the record of the pack in `pack`; it appears whole or not at all. Raises OSError."""
+    path = pack / NAME
+    temporary = path.with_name(f".{NAME}.{os.getpid()}")
+    try:
+        temporary.write_text(canonical_json({"format": "flashsparse-quality", "version": VERSION} | quality))
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return path
+
+
+def read_quality(pack: Path, digest: str) -> tuple[dict[str, Any] | None, str | None]:
+    """(the record, None), (None, why there is none that can be used), or (None, None) when nothing was measured."""
+    path = pack / NAME
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            return None, f"{NAME} cannot be read: it is larger than {MAX_BYTES} bytes"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["version"] != VERSION:
+            return None, f"{NAME} is of version {found['version']}, this FlashSparse reads {VERSION}"
+        if found["pack"] != digest:
+            return None, f"{NAME} is of another pack; run `flashsparse eval` again"
+        if not all(isinstance(found[name], int | float) for name in _SHOWN):
+            return None, f"{NAME} cannot be read: a figure is not a number"
+        return found, None
+    except FileNotFoundError:
+        return None, None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return None, f"{NAME} cannot be read: {type(error).__name__}: {error}"
+
+
+def quality_lines(quality: dict[str, Any]) -> list[str]:
+    """The record in two short lines: what is lost, and what is loaded for it."""
+    lost = f"perplexity {quality['perplexity']:.4g}"
+    if quality.get("dense_perplexity"):
+        change = 100 * (quality["perplexity_ratio"] - 1)
+        lost += f" ({change:+.2f} % against {quality['dense_perplexity']:.4g} of the dense model)"
+        lost += f", KL {quality['kl']:.3g} nats, top-1 agreement {_percent(quality['top1_agreement'])}"
+    sets = (
+        f"recall {_percent(quality['recall'])}, {_percent(quality['predicted_density'])} of the neurons loaded, "
+        f"{_percent(quality['true_density'])} truly active; measured on {quality['tokens']} tokens"
+    )
+    return [lost, sets]
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
