@@ -19,7 +19,7 @@ from flashsparse.arguments import shown
 from flashsparse.cli.conversation import Conversation
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack, state_dir
-from flashsparse.cli.report import printable, stats_line, write
+from flashsparse.cli.report import printable, quality_report, stats_line, write
 from flashsparse.errors import FlashSparseError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ _NUMBERS = {"temp": float, "top-p": float, "top-k": int, "seed": int, "max-token
 @click.option("--system-prompt", help="Instructions that precede the conversation; needs a chat template.")
 @sampling_options(temp=0.7, max_tokens=512)
 @memory_options()
-@click.option("--stats", is_flag=True, help="Print the figures after each reply.")
+@click.option("--stats", is_flag=True, help="Print the pack's quality, and the figures after each reply.")
 @click.option("-y", "--yes", is_flag=True, help="Convert a checkpoint into the cache directory without asking.")
 def chat(pack: str, system_prompt: str | None, stats: bool, yes: bool, **values: Any) -> None:
     """Chat with a pack.
@@ -53,7 +53,17 @@ def chat(pack: str, system_prompt: str | None, stats: bool, yes: bool, **values:
     """
     memory, sampling = split(values)
     with open_engine(resolve_pack(pack, yes), memory) as engine:
+        if stats:
+            _show_quality(engine)
         talk(engine, sampling, system_prompt, stats)
+
+
+def _show_quality(engine: Engine) -> None:
+    from flashsparse.quality.record import read_quality
+
+    manifest = engine.manifest
+    for line in quality_report(manifest.tier, *read_quality(manifest.path, manifest.digest)):
+        click.echo(line, err=True)
 
 
 def talk(engine: Engine, sampling: Sampling, system: str | None = None, stats: bool = False) -> None:

@@ -207,13 +207,17 @@ def report(record: dict[str, Any]) -> list[str]:
     names = [name.replace("_", " ") for name in _SHARES]
     lines = ["  ".join(["layer", *names])]
     for label, shares in [*enumerate(record["layers"]), ("all", record)]:
-        cells = [f"{100 * shares[key]:.2f} %".rjust(len(name)) for key, name in zip(_SHARES, names, strict=True)]
+        cells = [_percent(shares[key]).rjust(len(name)) for key, name in zip(_SHARES, names, strict=True)]
         lines.append("  ".join([str(label).rjust(5), *cells]))
     lines += quality_lines(record)
-    bits = record["bits_per_byte"]
+    bits = "-" if record["bits_per_byte"] is None else f"{record['bits_per_byte']:.4f}"
     selected, whole = (format_bytes(record[key]) for key in ("selected_bytes_per_token", "ffn_bytes"))
-    lines.append(f"{bits:.4f} bits per byte; a token's neurons weigh {selected} of {whole}")
+    lines.append(f"{bits} bits per byte; a token's neurons weigh {selected} of {whole}")
     return lines + _generation(record["generation"])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.2f} %"
 
 
 def _generation(generation: dict[str, Any] | None) -> list[str]:

@@ -8,18 +8,22 @@ from typing import Any
 
 import click
 
+from flashsparse.cli.report import quality_report
+
 
 @click.command()
 @click.argument("pack", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def info(pack: Path, as_json: bool) -> None:
-    """Show PACK: shapes, tier, activation, bytes per part, parameters in total and activated per token.
+    """Show PACK: shapes, tier, activation, bytes per part, parameters in total and activated per token, quality.
 
     Reads the manifest and headers only; `flashsparse verify` checks the data.
     """
     from flashsparse.pack.inspect import describe
+    from flashsparse.quality.record import read_quality
 
     facts = describe(pack)
+    facts["quality"], facts["quality_problem"] = read_quality(pack, facts["digest"])
     if as_json:
         click.echo(json.dumps(facts))
         return
@@ -44,7 +48,9 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["predictor"] is not None:
         result += _predictor(facts["predictor"])
-    return result + _bytes(facts["bytes"]) + _parameters(facts) + [("digest", facts["digest"])]
+    result += _bytes(facts["bytes"]) + _parameters(facts)
+    said = quality_report(facts["tier"], facts["quality"], facts["quality_problem"])
+    return [*result, *zip(("quality", ""), said, strict=False), ("digest", facts["digest"])]
 
 
 def _activation(activation: dict[str, Any]) -> str:

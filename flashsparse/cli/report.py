@@ -26,6 +26,17 @@ def stats_line(stats: dict[str, Any]) -> str:
     return " | ".join(parts)
 
 
+def quality_report(tier: str, quality: dict[str, Any] | None, problem: str | None) -> list[str]:
+    """What a pack's quality.json says, in at most two lines; why it says nothing, where it ought to."""
+    from flashsparse.quality.record import quality_lines
+
+    if quality is not None:
+        return quality_lines(quality)
+    if problem is not None:
+        return [f"not known: {problem}"]
+    return ["not measured: run `flashsparse eval`"] if tier == "predict" else []
+
+
 def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 

@@ -27,32 +27,35 @@ SEED = 20240914  # of sampled continuations, plus the prompt's number
 Reference = Callable[[int, slice], np.ndarray]  # (window, rows) -> the dense logits [t, V] after those of its tokens
 Progress = Callable[[str, int, int], None]  # (what, done, of all)
 
+# What holds where every neuron is computed; how many of them fire is not known there.
+_EVERY = {"recall": 1.0, "precision": None, "value_recall": 1.0, "predicted_density": 1.0, "true_density": None}
+
 
 @dataclass
 class Quality:
-    """What was measured. `layers` has one entry per layer; `generation` is None where nothing was generated."""
+    """What was measured. `sets` has one entry per layer, none where every neuron is computed by construction.
+
+    `ffn_bytes` is the weight of all records; `generation` is None where nothing was generated.
+    """
 
     tokens: TokenMeasures
-    layers: list[SetMeasures]
+    sets: list[SetMeasures]
     utf8_bytes: int | None
-    record_bytes: int
-    neurons: int
+    ffn_bytes: int
     generation: GenerationMeasures | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The totals, and the same shares of each layer under `layers`.
 
-        `selected_bytes_per_token` is what one token's sets weigh on flash, before the cache saves any of it;
-        `ffn_bytes` is the weight of all records.
+        `selected_bytes_per_token` is what one token's sets weigh on flash, before the cache saves any of it.
         """
-        shares = total(self.layers).to_dict()
-        whole = self.record_bytes * self.neurons * len(self.layers)
+        shares: dict[str, Any] = total(self.sets).to_dict() if self.sets else dict(_EVERY)
         return {
             **self.tokens.to_dict(self.utf8_bytes),
             **shares,
-            "selected_bytes_per_token": round(shares["predicted_density"] * whole),
-            "ffn_bytes": whole,
-            "layers": [layer.to_dict() for layer in self.layers],
+            "selected_bytes_per_token": round(shares["predicted_density"] * self.ffn_bytes),
+            "ffn_bytes": self.ffn_bytes,
+            "layers": [layer.to_dict() for layer in self.sets],
             "generation": None if self.generation is None else self.generation.to_dict(),
         }
 
@@ -93,26 +96,30 @@ def evaluate(
     is exact by construction is compared with nothing else. Raises NumericError, ContextLengthError, FlashReadError.
     """
     m = engine.manifest
-    measures, layers = TokenMeasures(), [SetMeasures() for _ in range(m.layers)]
+    measures, sets = TokenMeasures(), [SetMeasures() for _ in range(0 if m.tier == "dense" else m.layers)]
     all_tokens = sum(len(window) - 1 for window in windows)
     for index, window in enumerate(windows):
         progress("teacher-forced", measures.tokens, all_tokens)
         dense = None if reference is not None or m.tier != "predict" else _dense_logits(engine, window)
-        with judged(engine, layers), engine.session() as session:
+        with judged(engine, sets), engine.session() as session:
             for start, logits in feed(session, window[:-1], m.prefill_chunk):
                 rows = slice(start, start + len(logits))
                 beside = reference(index, rows) if reference is not None else None if dense is None else dense[rows]
                 measures.add(logits, window[start + 1 : rows.stop + 1], beside)
     progress("teacher-forced", all_tokens, all_tokens)
-    return Quality(measures, layers, spelled_bytes(engine, windows), m.record.bytes, m.intermediate_size)
+    weight = m.record.bytes * m.intermediate_size * m.layers
+    return Quality(measures, sets, spelled_bytes(engine, windows), weight)
 
 
 @contextmanager
-def judged(engine: Engine, layers: list[SetMeasures]) -> Iterator[None]:
-    """Count every step's sets into `layers` meanwhile."""
+def judged(engine: Engine, sets: list[SetMeasures]) -> Iterator[None]:
+    """Count every step's sets into `sets`, one per layer, meanwhile; nothing when there is none."""
+    if not sets:
+        yield
+        return
 
     def count(judgement: LayerJudgement) -> None:
-        layers[judgement.layer].add(judgement.predicted, judgement.active, judgement.values)
+        sets[judgement.layer].add(judgement.predicted, judgement.active, judgement.values)
 
     engine.judge(count)
     try:

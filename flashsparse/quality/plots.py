@@ -30,8 +30,9 @@ def _layers(ax: Any, layers: Sequence[dict[str, float]]) -> None:
         ax.plot(x, y, "o", color=COLORS[0], label=_once(index, "loaded"))
         ax.annotate(str(index), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=INK)
     ax.set(xlabel="neurons (% of the layer)", ylabel="recall (%)")
-    ax.set_title("Each layer", fontsize=10, color=INK)
-    ax.legend(fontsize=8, frameon=False)
+    ax.set_title("Each layer" if layers else "Every neuron of every layer is loaded", fontsize=10, color=INK)
+    if layers:
+        ax.legend(fontsize=8, frameon=False)
 
 
 def _once(index: int, label: str) -> str | None:

@@ -17,7 +17,7 @@ from flashsparse.pack.manifest import canonical_json
 NAME = "quality.json"
 VERSION = 1
 MAX_BYTES = 16 << 20
-_SHOWN = ("tokens", "perplexity", "recall", "predicted_density", "true_density")
+_SHOWN = ("tokens", "perplexity", "recall", "predicted_density")
 
 
 def write_quality(pack: Path, quality: dict[str, Any]) -> Path:
@@ -60,11 +60,10 @@ def quality_lines(quality: dict[str, Any]) -> list[str]:
         change = 100 * (quality["perplexity_ratio"] - 1)
         lost += f" ({change:+.2f} % against {quality['dense_perplexity']:.4g} of the dense model)"
         lost += f", KL {quality['kl']:.3g} nats, top-1 agreement {_percent(quality['top1_agreement'])}"
-    sets = (
-        f"recall {_percent(quality['recall'])}, {_percent(quality['predicted_density'])} of the neurons loaded, "
-        f"{_percent(quality['true_density'])} truly active; measured on {quality['tokens']} tokens"
-    )
-    return [lost, sets]
+    sets = f"recall {_percent(quality['recall'])}, {_percent(quality['predicted_density'])} of the neurons loaded"
+    if quality.get("true_density") is not None:
+        sets += f", {_percent(quality['true_density'])} truly active"
+    return [lost, f"{sets}; measured on {quality['tokens']} tokens"]
 
 
 def _percent(share: float) -> str:

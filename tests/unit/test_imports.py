@@ -13,14 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "flashsparse"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch")
-CONVERTING = {
-    "calibrate.py",
-    "convert.py",
-    "demo.py",
-    "eval.py",
-    "packs.py",
-    "sparsity.py",
-}  # packs.py: what chat and demo share
+# packs.py: what chat and demo share
+CONVERTING = {"calibrate.py", "convert.py", "demo.py", "eval.py", "packs.py", "sparsity.py"}
 
 
 def imported(file: Path) -> Iterator[str]:

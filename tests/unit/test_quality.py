@@ -233,6 +233,14 @@ def test_an_exact_pack_is_not_compared_with_itself() -> None:
     assert found["kl"] is None and found["perplexity"] > 1
 
 
+def test_a_dense_pack_is_not_judged() -> None:
+    engine = FakeEngine("dense")
+    engine.judge = None  # type: ignore[method-assign, assignment]
+    found = evaluate(engine, cut_windows(IDS, 10)).to_dict()  # type: ignore[arg-type]
+    assert (found["recall"], found["predicted_density"], found["true_density"], found["layers"]) == (1, 1, None, [])
+    assert found["selected_bytes_per_token"] == found["ffn_bytes"] == 1200
+
+
 def test_the_engine_is_left_as_it_was_when_a_step_fails() -> None:
     engine = FakeEngine(quality=float("nan"))
     with pytest.raises(NumericError):
