@@ -110,6 +110,17 @@ def rectified(fit: LowRank) -> LowRank:
     return replace(fit, fc1=fc1, fc2=fc2, relu=True)
 
 
+def balanced(fc1: np.ndarray, fc2: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The matrices as float32, each component's two norms made equal, so that both stay well inside float16.
+
+    The logits stay what they are, with ReLU between too, as the factors are positive.
+    """
+    first, second = np.linalg.norm(fc1, axis=1), np.linalg.norm(fc2, axis=0)
+    counts = (first > 0) & (second > 1e-12 * second.max())
+    factor = np.sqrt(np.divide(first, second, out=np.ones_like(first), where=counts))
+    return (fc1 / factor[:, None]).astype(np.float32), (fc2 * factor).astype(np.float32)
+
+
 def check_rank(rank: int, inputs: int, outputs: int) -> None:
     """Raises UsageError for a rank outside 1..min(d, I)."""
     if not 1 <= rank <= min(inputs, outputs):
@@ -139,9 +150,8 @@ def _truncate(weight: np.ndarray, covariance: np.ndarray | None, rank: int, bias
     vectors = _leading(gram, rank)
     fc2 = weight @ (vectors if root is None else root @ vectors)
     fc1 = (vectors if root is None else np.linalg.solve(root.T, vectors)).T
-    balance = _balance(np.linalg.norm(fc1, axis=1), np.linalg.norm(fc2, axis=0))
     kept = None if bias is None else np.asarray(bias, np.float32)
-    return LowRank((fc1 / balance[:, None]).astype(np.float32), (fc2 * balance).astype(np.float32), kept)
+    return LowRank(*balanced(fc1, fc2), kept)
 
 
 def _leading(gram: np.ndarray, rank: int) -> np.ndarray:
@@ -158,11 +168,6 @@ def _leading(gram: np.ndarray, rank: int) -> np.ndarray:
         basis = np.linalg.qr(gram @ basis)[0]
     vectors = np.linalg.eigh(basis.T @ (gram @ basis))[1]
     return np.asarray(basis @ vectors[:, ::-1][:, :rank])
-
-
-def _balance(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """What makes the two matrices' norms equal in each component: both stay well inside float16."""
-    return np.sqrt(np.divide(first, second, out=np.ones_like(first), where=second > 1e-12 * second.max()))
 
 
 def _half(name: str, values: np.ndarray) -> np.ndarray:

@@ -60,10 +60,9 @@ def choose(
     return min(allowed, key=lambda one: (cost(one, layer_bytes, working_set), one.predictor_bytes))
 
 
-def copy_bytes(width: int, hidden: int, bits: int, group: int, bias: bool = False, with_up: bool = False) -> int:
-    """Bytes of a low-bit copy of gate [width, hidden] in memory; `with_up`: of gate and up, with the columns' norms."""
-    matrix = width * (hidden * bits // 8 + 4 * (hidden // group))
-    return matrix * (2 if with_up else 1) + 4 * width * (bias + with_up)
+def copy_bytes(width: int, hidden: int, bits: int, group: int, matrices: int = 1, vectors: int = 0) -> int:
+    """Bytes in memory of low-bit copies of matrices [width, hidden] and of float32 vectors [width]: bias, norms."""
+    return matrices * width * (hidden * bits // 8 + 4 * (hidden // group)) + 4 * vectors * width
 
 
 def low_rank_bytes(width: int, hidden: int, rank: int, bias: bool = False) -> int:

@@ -46,9 +46,9 @@ def calibrate(
     scores, values (|h| * ||down column||) float32 and active bool are [T, I]; of more than `SAMPLE` pairs, tokens
     evenly spaced are taken. density: the least selection of at least that share. topk_and_threshold: the threshold may
     lose half of what the goal allows, and k is the smallest cap with which the goal is still met (density: with which
-    99 % of the selections stay). Where nothing is active (no value, for value_recall) nothing need be selected: the threshold
-    is just above every score, k is 1. NaN scores are always selected. Raises UsageError for an unknown target or
-    selection, a goal outside (0, 1] and no tokens, NumericError for values that are not finite.
+    99 % of the selections stay). Where nothing is active (no value, for value_recall) nothing need be
+    selected: the threshold is just above every score, k is 1. NaN scores are always selected. Raises UsageError for an
+    unknown target or selection, a goal outside (0, 1] and no tokens, NumericError for values that are not finite.
     """
     if target not in TARGETS or selection not in RULES or not 0 < goal <= 1 or not scores.size:
         raise UsageError(

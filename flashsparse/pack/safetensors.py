@@ -208,12 +208,14 @@ def storage_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[st
     return sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
 
 
-def header_bytes(tensors: Mapping[str, tuple[str, tuple[int, ...]]], align: int = ALIGN) -> bytes:
+def header_bytes(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], align: int = ALIGN, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """Length, header and padding of a file whose data holds `tensors` (name -> (dtype, shape)) in the given order.
 
     Spaces pad the header so that the result's length, and with it the start of the data, is a multiple of `align`.
     """
-    entries: dict[str, Any] = {}
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
     for name, (dtype, shape) in tensors.items():
         end = position + shape_bytes(dtype, shape)

@@ -475,9 +475,9 @@ def test_bytes_are_those_of_the_tensors(layer: Layer) -> None:
     for bits, bias in ((1, None), (3, layer.bias)):
         gate = fit_gate_copy(layer.gate, bias, bits, 32).tensors()
         both = fit_gate_up_copy(layer.gate, bias, layer.up, layer.down, bits, 32).tensors()
-        for tensors, with_up in ((gate, False), (both, True)):
-            found = copy_bytes(WIDTH, D, bits, 32, bias is not None, with_up)
-            assert found == sum(values.nbytes for values in tensors.values())
+        vectors = int(bias is not None)
+        assert copy_bytes(WIDTH, D, bits, 32, 1, vectors) == sum(values.nbytes for values in gate.values())
+        assert copy_bytes(WIDTH, D, bits, 32, 2, vectors + 1) == sum(values.nbytes for values in both.values())
     for bias in (None, layer.bias):
         tensors = truncated_svd(layer.gate, 5, bias).tensors()
         assert low_rank_bytes(WIDTH, D, 5, bias is not None) == sum(values.nbytes for values in tensors.values())
