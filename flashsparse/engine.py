@@ -21,27 +21,23 @@ from flashsparse import memory
 from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
-from flashsparse.stats import Counters, Stats
+from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
 
 if TYPE_CHECKING:
-    from flashsparse.ffn import Scratch, StreamedFFN
+    from flashsparse.ffn import StreamedFFN
     from flashsparse.flash import ReadPool
+    from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
     from flashsparse.kvcache import KVCache
     from flashsparse.models.modules import Decoder
     from flashsparse.pack.manifest import Manifest
     from flashsparse.session import Session
+    from flashsparse.sizes import Sizes
+    from flashsparse.sparsity.judgement import LayerJudgement
 
 READ_MODES = ("auto", "direct", "buffered")
 MAX_THREADS = 1024
 MAX_SLOTS = 1 << 24
-MAX_TILE_BYTES = 32 << 20
-MIN_TILE_BYTES = 128 << 10
-HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
-ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
-THREAD_BYTES = 16 << 10  # stack that a thread touches
-LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
-PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
 
 
 def load(
@@ -54,6 +50,7 @@ def load(
     kernels: str = "auto",
     on_plan: Callable[[MemoryPlan], None] | None = None,
     slots: int | None = None,
+    tier: str | None = None,
 ) -> Engine:
     """Load a pack under a memory budget.
 
@@ -67,13 +64,14 @@ def load(
         kernels: "native", "reference" (plain MLX operators, slow) or "auto".
         on_plan: called with the memory plan before anything is loaded.
         slots: slots per layer instead of what the budget buys (for tests and measurements).
+        tier: "dense" runs a pack of tier predict without its predictor: every layer streamed, the dense model's result.
 
     Raises:
         PackError, DamagedPackError: not a pack that this version can read.
         BudgetError: the budget cannot hold the floor; `smallest` says what would.
         UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
     """
-    return Engine(path, _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots))
+    return Engine(path, _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier))
 
 
 class _Options:
@@ -89,7 +87,10 @@ class _Options:
         kernels: str,
         on_plan: Callable[[MemoryPlan], None] | None,
         slots: int | None,
+        tier: str | None,
     ) -> None:
+        if tier not in (None, "dense"):
+            raise UsageError(f"tier: {shown(tier)} is not 'dense'; leave it out for the pack's own tier")
         if read_mode not in READ_MODES:
             raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
         self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
@@ -99,7 +100,7 @@ class _Options:
         )
         self.io_threads = whole("io_threads", io_threads, 1, MAX_THREADS)
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
-        self.read_mode, self.kernels, self.on_plan = read_mode, kernels, on_plan
+        self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
 
 
 def _whole_bytes(dram: Any) -> int:
@@ -107,6 +108,15 @@ def _whole_bytes(dram: Any) -> int:
     if size is None or size < 1:
         raise UsageError(f"dram is {shown(dram)}, expected a whole number of bytes, or text such as '7GB' or '50%'")
     return size
+
+
+def _tier(manifest: Manifest, asked: str | None) -> str:
+    """The tier to run a pack in."""
+    if asked == "dense" and manifest.tier == "exact":
+        raise UsageError(
+            f"{manifest.path}: tier exact computes the dense model's result already; leave out tier='dense'"
+        )
+    return asked or manifest.tier
 
 
 class Engine:
@@ -125,12 +135,15 @@ class Engine:
         self._session: Session | None = None
         self._pool: ReadPool | None = None
         self._kernels: Kernels | None = None
+        self._judging: Judging | None = None
+        self._threads = options.threads
         self._pack = open_pack(Path(path), options.read_mode)
         self.manifest: Manifest = self._pack.manifest
         # "direct" only when every file accepts it
         self.read_mode = "direct" if all(f.direct for f in self._pack.files) else "buffered"
         self.tokenizer = self._pack.tokenizer
         try:
+            self.tier = _tier(self.manifest, options.tier)
             self._load(options)
         except BaseException:
             self.close()
@@ -140,6 +153,7 @@ class Engine:
         """Imports and the tokenizer came first: what they cost is `runtime`, not the engine's budget."""
         from flashsparse.flash import ReadPool
         from flashsparse.kernels import make_kernels
+        from flashsparse.sizes import Sizes
 
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
         self.kernels = self._kernels.name
@@ -147,10 +161,11 @@ class Engine:
         self.runtime_bytes = memory.footprint()
         began = time.perf_counter()
         self._pool = ReadPool(options.io_threads)
-        self.plan = self._make_plan(options)
+        sizes = Sizes(self.manifest, self._pack.files, self.tier, options.threads, options.io_threads)
+        self.plan, tile = sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
-        self._decoder = self._build()
+        self._decoder = self._build(sizes, tile)
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - began
 
@@ -219,19 +234,68 @@ class Engine:
         return memory.peak_footprint()
 
     def new_stats(self) -> Stats:
+        spec = self.manifest.predictor if self.tier == "predict" else None
         return Stats(
-            tier=self.manifest.tier,
+            tier=self.tier,
             read_mode=self.read_mode,
             kernels=self.kernels,
             load_s=self.load_s,
             budget_bytes=self.plan.budget,
             runtime_bytes=self.runtime_bytes,
+            calibrated_density=None if spec is None else spec.calibrated_density,
         )
 
     def observe(self, observer: Callable[[int, np.ndarray], None] | None) -> None:
-        """Call `observer(layer, ids)` with the active neurons of every step of every layer (None: stop)."""
+        """Call `observer(layer, ids)` with the neurons that each step of each layer computes (None: stop)."""
         for index, ffn in enumerate(self._ffns):
             ffn.observer = None if observer is None else lambda ids, index=index: observer(index, ids)
+
+    def set_dense(self, flag: bool) -> None:
+        """While on, every layer of tier predict is streamed whole: the dense model's result, in the same sessions.
+
+        The other tiers give that anyway. Raises SessionError inside a step of this thread.
+        """
+        with self.exclusive():
+            for ffn in self._ffns:
+                ffn.dense = flag and self.tier == "predict"
+
+    def judge(self, observer: Callable[[LayerJudgement], None] | None) -> None:
+        """Call `observer` with what each step of each layer predicted and what was true (None: stop).
+
+        Every record of every layer is streamed meanwhile; results are the same bits as without. In tier exact what is
+        predicted is what is active. What judging allocates (a few arrays [T, I], compute threads, decoded tiles) is
+        outside the memory budget and is freed with it. Raises UsageError in tier dense, where nothing is predicted,
+        SessionError inside a step of this thread.
+        """
+        from flashsparse.judging import Judging
+
+        if self.tier == "dense":
+            raise UsageError("tier dense computes every neuron: there is no prediction to judge")
+        with self.exclusive():
+            if self._judging is not None:
+                self._judging.close()
+            self._judging = None
+            if observer is not None and self._kernels is not None:
+                self._judging = Judging(self.manifest, self._kernels, self._threads, observer)
+            for ffn in self._ffns:
+                ffn.judging = self._judging
+
+    def drift(self) -> Drift | None:
+        """Realised over calibrated density of the tokens decoded so far.
+
+        None in other tiers than predict, without calibration, and before 64 tokens.
+        """
+        spec = self.manifest.predictor if self.tier == "predict" else None
+        decoded = max((ffn.decoded for ffn in self._ffns), default=0)
+        if spec is None or not spec.calibrated_density or decoded < DRIFT_TOKENS:
+            return None
+        pairs = decoded * self.manifest.intermediate_size
+        realised = [ffn.decoded_neurons / pairs for ffn in self._ffns]
+        layers = tuple(
+            None if layer.every or not layer.density else found / layer.density
+            for found, layer in zip(realised, spec.layers, strict=True)
+        )
+        return Drift(sum(realised) / len(realised) / spec.calibrated_density, layers)
 
     def close(self) -> None:
         """Stop threads, close files, free the weights and the KV cache, after the step that another thread is in."""
@@ -242,8 +306,10 @@ class Engine:
                 self._pool.close()
             if self._kernels is not None:
                 self._kernels.close()
+            if self._judging is not None:
+                self._judging.close()
             self._pack.close()
-            self._decoder = self._kernels = self._pool = None
+            self._decoder = self._kernels = self._pool = self._judging = None
             self._ffns, self._caches = [], []
         gc.collect()  # modules and the layers inside them refer to each other
 
@@ -253,80 +319,12 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _make_plan(self, options: _Options) -> MemoryPlan:
-        from flashsparse.weights import resident_bytes
-
-        m = self.manifest
-        needs: dict[str, Any] = {
-            "runtime": self.runtime_bytes,
-            "resident": resident_bytes(m.files["resident.safetensors"].bytes),
-            "kv_bytes_per_token": self._kv_bytes() + 32 * options.threads,  # and attention's scores, 8 at a time
-            "max_kv_size": options.max_kv_size,
-            "context_limit": self.context_limit,
-            "overhead": PROCESS_BYTES
-            + LAYER_BYTES * m.layers
-            + THREAD_BYTES * (options.io_threads + options.threads)
-            + 64 * max(m.hidden_size, m.heads * m.head_dim) * options.threads,  # rows that the kernels decode
-            "records": m.intermediate_size,
-            "layers": m.layers,
-            "slot_bytes": self._slot_bytes(),
-            "floor_slots": 64 if m.tier == "exact" else 0,
-        }
-        if options.slots is not None and m.tier == "exact":
-            needs["floor_slots"] = options.slots
-        # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
-        least = memory.make_plan(budget=1 << 62, scratch=self._scratch_bytes(self._smallest_tile()), **needs)
-        budget = self._budget(options, least)
-        self._tile_bytes = self._tile_for(max(0, budget - least.floor))
-        return memory.make_plan(budget=budget, scratch=self._scratch_bytes(self._tile_bytes), **needs)
-
-    def _budget(self, options: _Options, least: MemoryPlan) -> int:
-        """The budget asked for. With `slots` given, exactly what holds them."""
-        if options.slots is not None:
-            return least.floor
-        if options.dram is None:
-            return memory.default_budget(least.needs_all, self.runtime_bytes)
-        if isinstance(options.dram, int):
-            return options.dram
-        return memory.parse_size(options.dram, memory.machine_memory())
-
-    def _kv_bytes(self) -> int:
-        """Keys and values of one token in all layers."""
-        m = self.manifest
-        return 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2)
-
-    def _slot_bytes(self) -> int:
-        from flashsparse.flash import slot_stride
-        from flashsparse.pack.safetensors import ALIGN
-
-        return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self._pack.files)
-
-    def _smallest_tile(self) -> int:
-        layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
-        return min(layer, max(MIN_TILE_BYTES, 4 * self._slot_bytes()))
-
-    def _tile_for(self, spare: int) -> int:
-        """Tiles grow with what the floor leaves over; two of them take an eighth of it at most."""
-        layer = self.manifest.intermediate_size * self.manifest.record.stride + 16384
-        return max(self._smallest_tile(), min(MAX_TILE_BYTES, layer, spare // 16))
-
-    def _hidden_floats(self) -> int:
-        return max(self.manifest.prefill_chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
-
-    def _scratch_bytes(self, tile_bytes: int) -> int:
-        """An upper bound of what one step allocates beside weights, KV cache and slots."""
-        m = self.manifest
-        width = max(m.hidden_size, m.heads * m.head_dim)
-        floats = self._hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
-        if m.tier == "exact":
-            floats += m.prefill_chunk * m.intermediate_size
-        return 4 * floats + 2 * (tile_bytes + 2 * 16384)
-
-    def _build(self) -> Decoder:
+    def _build(self, sizes: Sizes, tile_bytes: int) -> Decoder:
         import importlib
 
         import mlx.core as mx
 
+        from flashsparse.assembly import Assembly
         from flashsparse.kvcache import KVCache
         from flashsparse.weights import ResidentStore
 
@@ -334,45 +332,13 @@ class Engine:
         m = self.manifest
         # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
         mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
-        store = ResidentStore(m, self._pack.headers[0], self._pool, self._pack.files[0])
+        store = ResidentStore(self._pack.headers[0], self._pool, self._pack.files[0], m.resident_quant)
         family = importlib.import_module(f"flashsparse.models.{m.family}")
-        scratch = self._make_scratch()
-        self._ffns = [self._layer(i, store, family, scratch) for i in range(m.layers)]
+        assembly = Assembly(self._pack, self.tier, self.plan, self._pool, self._kernels, store, family)
+        self._ffns = assembly.layers(sizes, tile_bytes, self.counters)
         self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
         decoder: Decoder = family.build(m.config, store, self._kernels, self._ffns)
         return decoder
-
-    def _make_scratch(self) -> Scratch:
-        from flashsparse.ffn import Scratch, Tiles
-        from flashsparse.weights import Buffer
-
-        m = self.manifest
-        nbytes = self._tile_bytes
-        return Scratch(
-            scores=np.empty((m.prefill_chunk, m.intermediate_size), np.float32) if m.tier == "exact" else None,
-            hidden=np.empty(self._hidden_floats(), np.float32),
-            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
-            tiles=Tiles((Buffer(nbytes), Buffer(nbytes)), nbytes),
-        )
-
-    def _layer(self, index: int, store: Any, family: Any, scratch: Scratch) -> StreamedFFN:
-        from flashsparse.cache import SlotTable
-        from flashsparse.ffn import Flash, StreamedFFN
-        from flashsparse.weights import Buffer
-
-        assert self._pool is not None and self._kernels is not None
-        m, slots = self.manifest, self.plan.slots[index]
-        file, header = self._pack.files[index + 1], self._pack.headers[index + 1]
-        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
-        ffn = StreamedFFN(self._kernels, self._pool, flash, scratch, self.counters)
-        ffn.down_bias = store.vector(family.DOWN.format(index) + ".bias")
-        if m.tier == "exact":
-            ffn.scoring = store.weight(family.SCORING.format(index))
-            ffn.scoring_bias = store.vector(family.SCORING.format(index) + ".bias")
-            ffn.table = SlotTable(m.intermediate_size, slots)
-            ffn.slot_bytes = self.plan.slot_bytes
-            ffn.slab = Buffer(slots * ffn.slot_bytes)
-        return ffn
 
     def _end_tokens(self) -> set[int]:
         """Tokens that end a reply: the tokenizer's, or the configuration's without one."""

@@ -1,7 +1,7 @@
 """The streamed FFN: what replaces a layer's FFN module, joining cache, flash and kernels.
 
-Owns the order of one evaluation: score, look up, read, compute hits, compute misses as they arrive, accumulate. It
-knows records and slots, never files' formats or cache policy.
+Owns the order of one evaluation: choose, look up, read, compute hits, compute misses as they arrive, accumulate. It
+knows records and slots, never files' formats or cache policy; which records a layer needs is its chooser's to say.
 
 Results do not depend on budget, slots, arrival order, threads or read mode: a record's intermediate values are
 computed from that record alone, and the down projection adds over ascending neuron numbers, whatever the rounds or
@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -22,11 +23,17 @@ from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
     from flashsparse.cache import Round, SlotTable
+    from flashsparse.choice import Choice, Chooser
+    from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
-    from flashsparse.weights import Buffer, Weight
+    from flashsparse.weights import Buffer
 
 READ_SPLIT = 1 << 20  # one tile read is cut into pieces of this size, so that the pool's threads share it
 GAP_BYTES = 128 << 10  # a gap shorter than this is cheaper read than skipped when streaming in order
+
+
+# (slab, offsets, ids, cols, hidden): intermediate values of the records at `offsets` into columns `cols` of hidden.
+ComputeHidden = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray], None]
 
 
 @dataclass
@@ -41,10 +48,9 @@ class Tiles:
 class Scratch:
     """Buffers shared by every layer: one layer computes at a time.
 
-    `scores` [chunk, I], `hidden` (flat, reshaped per use; bounds the records computed at once), `out` [chunk, d].
+    `hidden` (flat, reshaped per use; bounds the records computed at once), `out` [chunk, d].
     """
 
-    scores: np.ndarray | None
     hidden: np.ndarray
     out: np.ndarray
     tiles: Tiles
@@ -78,55 +84,98 @@ class Run:
 
 @dataclass
 class StreamedFFN:
-    """One layer. `scoring` is None in the dense tier, where every record is needed and carries its own gate row."""
+    """One layer. Without a `table` it has no slots and streams what it needs.
 
+    `dense`: stream every record, for the dense model's result. `judging`: compute every record, and tell what each was
+    worth; the result stays what it is without. `predicts`: the chooser guesses, and what it names is counted.
+    """
+
+    layer: int
     kernels: Kernels
     pool: ReadPool
     flash: Flash
     scratch: Scratch
     counters: Counters
-    scoring: Weight | None = None
-    scoring_bias: np.ndarray | None = None
+    chooser: Chooser
+    predicts: bool = False
     down_bias: np.ndarray | None = None
     table: SlotTable | None = None
     slab: Buffer | None = None
     slot_bytes: int = 0
     observer: Callable[[np.ndarray], None] | None = None
+    dense: bool = False
+    judging: Judging | None = None
+    decoded: int = 0  # tokens that were computed one at a time, and how many neurons were predicted for them
+    decoded_neurons: int = 0
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, d] float32 -> the FFN's output [T, d], valid until the next call of any layer."""
         began = time.perf_counter()
         y = self.scratch.out[: x.shape[0]]
         y[:] = 0
-        if self.scoring is None:
-            self._stream(np.arange(self.flash.records, dtype=np.int32), x, None, y)
+        if self.judging is not None:
+            self._judge(self.judging, x, y)
         else:
-            self._sparse(x, y)
+            self._compute(self.chooser.whole(x) if self.dense else self.chooser.choose(x), x, y)
         if self.down_bias is not None:
             y += self.down_bias
         self.counters.ffn_s += time.perf_counter() - began
         return y
 
-    def _sparse(self, x: np.ndarray, y: np.ndarray) -> None:
-        assert self.scoring is not None and self.table is not None and self.scratch.scores is not None
-        activated = self.scratch.scores[: x.shape[0]]
-        self.kernels.linear(self.scoring, self.scoring_bias, x, activated)
-        self.kernels.activate(activated)
-        ids = self.kernels.active(activated)
-        self.counters.active += len(ids)
-        self.counters.candidates += self.flash.records
-        if self.observer is not None:
-            self.observer(ids)
-        if x.shape[0] > 1 and len(ids) > self.table.slots:
-            self._stream(ids, x, activated, y)
+    def _compute(self, choice: Choice, x: np.ndarray, y: np.ndarray) -> None:
+        tokens = x.shape[0]
+        self._count_choice(choice, tokens)
+        hidden = partial(self._hidden, x, choice)
+        if self.table is None or self.dense or (tokens > 1 and len(choice.ids) > self.table.slots):
+            self._stream(choice.ids, x, y, hidden)
             return
-        width = len(self.scratch.hidden) // x.shape[0]
-        for start in range(0, len(ids), width):
-            for round_ in self.table.rounds(ids[start : start + width]):
-                self._round(round_, x, activated, y)
+        width = len(self.scratch.hidden) // tokens
+        for start in range(0, len(choice.ids), width):
+            for round_ in self.table.rounds(choice.ids[start : start + width]):
+                self._round(round_, x, y, hidden)
         self.table.end_token()
 
-    def _round(self, round_: Round, x: np.ndarray, activated: np.ndarray, y: np.ndarray) -> None:
+    def _judge(self, judging: Judging, x: np.ndarray, y: np.ndarray) -> None:
+        choice = self.chooser.choose(x)
+        self._count_choice(choice, x.shape[0])
+        step = judging.begin(choice.selected(x.shape[0], self.flash.records), masked=not self.dense)
+        truth = self.chooser.whole(x)  # from here on `choice` is gone
+        self._stream(truth.ids, x, y, partial(step.compute, x, truth))
+        step.finish(self.layer)
+
+    def _count_choice(self, choice: Choice, tokens: int) -> None:
+        self.counters.active += len(choice.ids)
+        self.counters.candidates += self.flash.records
+        if self.observer is not None:
+            self.observer(choice.ids)
+        if not self.predicts or self.dense:
+            return
+        pairs = choice.pairs(tokens)
+        self.counters.predicted += pairs
+        self.counters.scored += tokens * self.flash.records
+        if tokens == 1:
+            self.decoded += 1
+            self.decoded_neurons += pairs
+
+    def _hidden(
+        self,
+        x: np.ndarray,
+        choice: Choice,
+        slab: np.ndarray,
+        offsets: np.ndarray,
+        ids: np.ndarray,
+        cols: np.ndarray,
+        hidden: np.ndarray,
+    ) -> None:
+        mask = choice.mask if x.shape[0] > 1 else None  # one token needs all of its neurons
+        self.kernels.hidden(slab, offsets, ids, cols, x, choice.activated, mask, hidden)
+
+    def _down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
+        if self.predicts and not self.dense:
+            self.counters.fired += int(np.count_nonzero(hidden))
+        self.kernels.down(slab, offsets, cols, hidden, y)
+
+    def _round(self, round_: Round, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden) -> None:
         """Submit the misses, compute the hits, then each miss as it arrives, then accumulate in ascending order.
 
         Reading into the slots is safe here: every output that read them was evaluated a token ago (the kernels are
@@ -142,7 +191,7 @@ class StreamedFFN:
         self.counters.misses += len(missing)
 
         def compute(which: np.ndarray) -> None:
-            self.kernels.hidden(slab, offsets[which], round_.ids[which], cols[which], x, activated, None, hidden)
+            compute_hidden(slab, offsets[which], round_.ids[which], cols[which], hidden)
 
         if not len(missing):
             offsets = self._offsets(round_)
@@ -156,7 +205,7 @@ class StreamedFFN:
                 while len(done := self._take(batch)):
                     compute(missing[np.sort(done)])
         round_.commit()
-        self.kernels.down(slab, offsets, cols, hidden, y)
+        self._down(slab, offsets, cols, hidden, y)
 
     def _offsets(self, round_: Round) -> np.ndarray:
         assert self.table is not None
@@ -190,12 +239,9 @@ class StreamedFFN:
         self.counters.io_wait_s += time.perf_counter() - began
         return done
 
-    def _stream(self, ids: np.ndarray, x: np.ndarray, activated: np.ndarray | None, y: np.ndarray) -> None:
+    def _stream(self, ids: np.ndarray, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden) -> None:
         """Read the records `ids` in file order through two tiles: one is filled while the other is computed."""
         self.counters.misses += len(ids)
-        if activated is None:
-            self.counters.active += len(ids)
-            self.counters.candidates += self.flash.records
         runs = self._runs(ids, len(self.scratch.hidden) // x.shape[0])
         pending = [self._read_run(run, index) for index, run in enumerate(runs[:1])]
         try:
@@ -205,7 +251,7 @@ class StreamedFFN:
                 batch, begin = pending[0]
                 while len(self._take(batch)):
                     pass
-                self._compute_run(run, begin, index % 2, x, activated, y)
+                self._compute_run(run, begin, index % 2, x, y, compute_hidden)
                 pending.pop(0)[0].release()
         finally:
             for batch, _ in pending:
@@ -237,11 +283,11 @@ class StreamedFFN:
         return self.pool.submit(self.flash.file, start + cuts, sizes, wanted, dests), int(begin[0])
 
     def _compute_run(
-        self, run: Run, begin: int, tile: int, x: np.ndarray, activated: np.ndarray | None, y: np.ndarray
+        self, run: Run, begin: int, tile: int, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden
     ) -> None:
         slab = self.scratch.tiles.buffers[tile].bytes
         offsets = begin + (run.ids.astype(np.int64) - run.first) * self.flash.stride
         cols = np.arange(len(run.ids), dtype=np.int32)
         hidden = self.scratch.hidden_for(x.shape[0], len(run.ids))
-        self.kernels.hidden(slab, offsets, run.ids, cols, x, activated, None, hidden)
-        self.kernels.down(slab, offsets, cols, hidden, y)
+        compute_hidden(slab, offsets, run.ids, cols, hidden)
+        self._down(slab, offsets, cols, hidden, y)

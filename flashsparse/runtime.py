@@ -42,6 +42,7 @@ def import_mlx_lm(family: str) -> None:
     Afterwards libraries are loaded and their code is in memory, so that what follows is the engine's own footprint.
     """
     with _import_lock, _process_untouched():
+        import flashsparse.assembly
         import flashsparse.cache
         import flashsparse.kvcache
         import flashsparse.session

@@ -12,7 +12,9 @@ from dataclasses import asdict, dataclass, field, fields
 class Counters:
     """Raw counts since the engine was loaded. Bytes are bytes transferred from flash, rounding and gaps included.
 
-    `seconds` are those of whole steps: layers, language model head, sampling and text.
+    `seconds` are those of whole steps: layers, language model head, sampling and text. `active` of `candidates` neurons
+    were needed by some token of a step. In tier predict `predicted` of `scored` pairs of token and neuron were
+    computed, and `fired` of them were not zero.
     """
 
     tokens: int = 0
@@ -25,6 +27,9 @@ class Counters:
     active: int = 0
     candidates: int = 0
     rounds: int = 0
+    predicted: int = 0
+    scored: int = 0
+    fired: int = 0
     seconds: float = 0.0
     io_wait_s: float = 0.0
     ffn_s: float = 0.0
@@ -50,8 +55,43 @@ class Counters:
         return self.active / self.candidates if self.candidates else None
 
     @property
+    def predicted_density(self) -> float | None:
+        """Share of the neurons that a token was given by the predictor; None in the other tiers."""
+        return self.predicted / self.scored if self.scored else None
+
+    @property
+    def predictor_precision(self) -> float | None:
+        """Share of the predicted neurons whose value was not zero; None when none was predicted."""
+        return self.fired / self.predicted if self.predicted else None
+
+    @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+DRIFT_TOKENS = 64  # decoded before the realised density says anything
+DRIFT_RANGE = (0.75, 1.33)
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Realised density over the calibrated one, of decoded tokens: all layers together, and each.
+
+    A layer's is None when it is computed whole or its calibrated density is not known or zero.
+    """
+
+    ratio: float
+    layers: tuple[float | None, ...]
+
+    @property
+    def warning(self) -> str | None:
+        """One line when the ratio is too far from 1 for the calibrated quality to be expected."""
+        if DRIFT_RANGE[0] <= self.ratio <= DRIFT_RANGE[1]:
+            return None
+        return (
+            f"the predictor names {self.ratio:.2f} times as many neurons as on its calibration text; "
+            "quality and speed may differ from what was measured: calibrate on text like this"
+        )
 
 
 @dataclass
@@ -67,6 +107,7 @@ class Stats:
     load_s: float
     budget_bytes: int
     runtime_bytes: int
+    calibrated_density: float | None = None
     peak_memory_bytes: int = 0
     time_to_first_token_s: float = 0.0
     prefill: Counters = field(default_factory=Counters)
@@ -98,6 +139,9 @@ class Stats:
             "flash_bytes_per_token": round(decode.flash_bytes / decode.tokens) if decode.tokens else 0,
             "hit_rate": decode.hit_rate,
             "active_density": decode.density,
+            "predicted_density": decode.predicted_density,
+            "calibrated_density": self.calibrated_density,
+            "predictor_precision": decode.predictor_precision,
             "io_wait_s": round(both.io_wait_s, 4),
             "tier": self.tier,
             "read_mode": self.read_mode,

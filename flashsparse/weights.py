@@ -1,4 +1,4 @@
-"""Resident weights: the buffers that hold `resident.safetensors`, and a typed view for each tensor.
+"""Resident weights: the buffers that hold a pack's resident and predictor files, and a typed view for each tensor.
 
 Owns where resident bytes live and how they are addressed. Reading goes through `flash`; computing with them is the
 kernels' business.
@@ -7,7 +7,7 @@ kernels' business.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ from flashsparse.errors import PackError
 
 if TYPE_CHECKING:
     from flashsparse.flash import FlashFile, ReadPool
-    from flashsparse.pack.manifest import Manifest, Quant
+    from flashsparse.pack.manifest import Quant
     from flashsparse.pack.safetensors import Header, TensorInfo
 
 ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
@@ -102,13 +102,14 @@ class Segment:
 
 
 class ResidentStore:
-    """Every resident tensor of a pack, read into a few buffers. Raises PackError for a missing tensor.
+    """Every tensor of one safetensors file of a pack, read into a few buffers. Raises PackError for a missing tensor.
 
+    `quant`: base name -> quantization of the matrices that the file holds quantized.
     More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one.
     """
 
-    def __init__(self, manifest: Manifest, header: Header, pool: ReadPool, file: FlashFile) -> None:
-        self._manifest = manifest
+    def __init__(self, header: Header, pool: ReadPool, file: FlashFile, quant: Mapping[str, Quant]) -> None:
+        self._path, self._quant = header.path, quant
         self._tensors = header.tensors
         self._segment_of: dict[str, Segment] = {}
         for group in _grouped(sorted(header.tensors.values(), key=lambda t: t.begin)):
@@ -133,9 +134,7 @@ class ResidentStore:
         """The numpy alias of the tensor stored under this exact name."""
         info = self._tensors.get(name)
         if info is None:
-            raise PackError(
-                f"{self._manifest.resident_path}: tensor {name!r} is missing; convert the checkpoint again with --force"
-            )
+            raise PackError(f"{self._path}: tensor {name!r} is missing; convert the checkpoint again with --force")
         segment = self._segment_of[name]
         raw = segment.buffer.bytes[info.begin - segment.start : info.end - segment.start]
         return raw.view(NUMPY_TYPES[info.dtype]).reshape(info.shape)
@@ -143,7 +142,7 @@ class ResidentStore:
     def weight(self, base: str) -> Weight:
         """The weight `<base>.weight`, with its scales and biases when the pack stores it quantized."""
         name = f"{base}.weight"
-        quant = self._manifest.resident_quant.get(base)
+        quant = self._quant.get(base)
         data = self.tensor(name)
         if quant is None:
             return Weight(name, self._tensors[name].dtype, data)
@@ -158,7 +157,7 @@ class ResidentStore:
 
 
 def resident_bytes(file_bytes: int) -> int:
-    """Memory for a resident file of this size: each of its segments is rounded out to pages at both ends."""
+    """Memory for a file of this size: each of its segments is rounded out to pages at both ends."""
     segments = 1 + file_bytes // (SEGMENT_BYTES // 2)  # two neighbouring groups exceed SEGMENT_BYTES together
     return file_bytes + 3 * ALIGNMENT * segments
 

@@ -1,0 +1,127 @@
+"""Puts a layer together: its records, its slots, and what decides which neurons it computes.
+
+Allocates what the memory plan has counted: scratch, slots, the predictor's weights. The model around it is the
+family's (`flashsparse.models`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashsparse.cache import SlotTable
+from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
+from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
+from flashsparse.pack.predictor import predictor_quant
+from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
+from flashsparse.weights import Buffer, ResidentStore
+
+if TYPE_CHECKING:
+    from flashsparse.flash import ReadPool
+    from flashsparse.kernels import Kernels
+    from flashsparse.memory import MemoryPlan
+    from flashsparse.opening import OpenPack
+    from flashsparse.sizes import Sizes
+    from flashsparse.stats import Counters
+
+
+@dataclass
+class Assembly:
+    """Makes the layers of one engine. `store` holds the resident weights, `family` is the model's module."""
+
+    pack: OpenPack
+    tier: str
+    plan: MemoryPlan
+    pool: ReadPool
+    kernels: Kernels
+    store: ResidentStore
+    family: Any
+
+    def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
+        """Every layer of the pack, sharing one scratch."""
+        m = self.pack.manifest
+        scratch = Scratch(
+            hidden=np.empty(sizes.hidden_floats(), np.float32),
+            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
+            tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
+        )
+        choosers = self._choosers()
+        return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
+
+    def _layer(self, index: int, chooser: Chooser, scratch: Scratch, counters: Counters) -> StreamedFFN:
+        m, slots = self.pack.manifest, self.plan.slots[index]
+        file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
+        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
+        ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
+        ffn.predicts = self.tier == "predict"
+        ffn.down_bias = self.store.vector(self.family.DOWN.format(index) + ".bias")
+        if slots:
+            ffn.table = SlotTable(m.intermediate_size, slots)
+            ffn.slot_bytes = self.plan.slot_bytes
+            ffn.slab = Buffer(slots * ffn.slot_bytes)
+        return ffn
+
+    def _choosers(self) -> list[Chooser]:
+        m = self.pack.manifest
+        if self.tier == "predict":
+            return self._predicting()
+        if m.gate == "none":
+            return [Whole(m.intermediate_size)] * m.layers
+        scores = np.empty((m.prefill_chunk, m.intermediate_size), np.float32)
+        return [Exact(self.kernels, *self._scoring(index), scores) for index in range(m.layers)]
+
+    def _scoring(self, layer: int) -> tuple[Any, np.ndarray | None]:
+        """The resident scoring matrix and its bias."""
+        base = self.family.SCORING.format(layer)
+        return self.store.weight(base), self.store.vector(base + ".bias")
+
+    def _predicting(self) -> list[Chooser]:
+        m = self.pack.manifest
+        sizes, wide_shape = scratch_sizes(m), (m.prefill_chunk, m.intermediate_size)
+        wide = np.empty(wide_shape, np.float32) if sizes.wide else None
+        middle = np.empty(m.prefill_chunk * sizes.middle, np.float32)
+        scores, mask = np.empty(wide_shape, np.float32), np.empty(wide_shape, np.uint8)
+        if m.gate == "full":
+            assert wide is not None
+            return [self._with_exact_gate(index, scores, mask, wide) for index in range(m.layers)]
+        weights = self._predictor_store()
+        return [self._predicted(index, weights, scores, mask, wide, middle) for index in range(m.layers)]
+
+    def _predictor_store(self) -> ResidentStore | None:
+        at = self.pack.predictor
+        if at is None:
+            return None
+        return ResidentStore(self.pack.headers[at], self.pool, self.pack.files[at], predictor_quant(self.pack.manifest))
+
+    def _rule(self, layer: int) -> tuple[float, int | None]:
+        """Threshold and k of a layer's selection."""
+        assert self.pack.manifest.predictor is not None
+        spec = self.pack.manifest.predictor.layers[layer]
+        return -math.inf if spec.threshold is None else spec.threshold, spec.k
+
+    def _with_exact_gate(self, layer: int, scores: np.ndarray, mask: np.ndarray, activated: np.ndarray) -> Chooser:
+        m = self.pack.manifest
+        assert m.predictor is not None
+        weight, bias = self._scoring(layer)
+        if m.predictor.layers[layer].every:
+            return Exact(self.kernels, weight, bias, activated)
+        gate = ExactGate(self.kernels, weight, bias, m.activation.name == "silu", activated)
+        return PredictedGate(self.kernels, gate, *self._rule(layer), scores, mask)
+
+    def _predicted(
+        self,
+        layer: int,
+        weights: ResidentStore | None,
+        scores: np.ndarray,
+        mask: np.ndarray,
+        wide: np.ndarray | None,
+        middle: np.ndarray,
+    ) -> Chooser:
+        m = self.pack.manifest
+        predictor = None if weights is None else make_predictor(m, layer, self.kernels, weights, wide, middle)
+        if predictor is None:
+            return Whole(m.intermediate_size)
+        return Predicted(self.kernels, predictor, *self._rule(layer), scores, mask)

@@ -1,0 +1,131 @@
+"""What a pack needs of memory, in bytes: the figures that the memory plan divides a budget by.
+
+Upper bounds from the manifest and the options alone, decided before anything is loaded; nothing here allocates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashsparse import memory
+from flashsparse.pack.safetensors import ALIGN
+from flashsparse.sparsity.predictors import scratch_sizes
+
+if TYPE_CHECKING:
+    from flashsparse.flash import FlashFile
+    from flashsparse.memory import MemoryPlan
+    from flashsparse.pack.manifest import Manifest
+
+MAX_TILE_BYTES = 32 << 20
+MIN_TILE_BYTES = 128 << 10
+HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
+ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
+THREAD_BYTES = 16 << 10  # stack that a thread touches
+LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
+PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
+FLOOR_SLOTS = 64
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A pack that will run in `tier`. `files` are its open files: their sectors decide how far apart slots are."""
+
+    manifest: Manifest
+    files: list[FlashFile]
+    tier: str
+    threads: int
+    io_threads: int
+
+    def plan(
+        self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None
+    ) -> tuple[MemoryPlan, int]:
+        """The memory plan and the bytes of a tile. `slots`: that many in each layer, instead of what `dram` buys.
+
+        Raises BudgetError and UsageError as `memory.make_plan` does.
+        """
+        needs = self._needs(runtime, max_kv_size, slots)
+        # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
+        least = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(self._smallest_tile()), **needs)
+        budget = least.floor if slots is not None else _budget(dram, least, runtime)
+        tile = self._tile_for(max(0, budget - least.floor))
+        return memory.make_plan(budget=budget, scratch=self.scratch_bytes(tile), **needs), tile
+
+    def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None) -> dict[str, Any]:
+        m = self.manifest
+        predictor = self._predictor_bytes()
+        floor = 0 if self.tier == "dense" else FLOOR_SLOTS if slots is None else slots
+        layers = m.predictor.layers if m.predictor is not None and self.tier == "predict" else ()
+        densities = [layer.calibrated_density for layer in layers]
+        return {
+            "runtime": runtime,
+            "resident": self._file_bytes("resident.safetensors") + predictor,
+            "predictor": predictor,
+            "kv_bytes_per_token": self._kv_bytes() + 32 * self.threads,  # and attention's scores, 8 at a time
+            "max_kv_size": max_kv_size,
+            "context_limit": int(m.config["max_position_embeddings"]),
+            "overhead": PROCESS_BYTES
+            + LAYER_BYTES * m.layers
+            + THREAD_BYTES * (self.io_threads + self.threads)
+            + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
+            "records": m.intermediate_size,
+            "layers": m.layers,
+            "slot_bytes": self._slot_bytes(),
+            "floor_slots": floor,
+            "densities": densities if densities and None not in densities and slots is None else None,
+            "whole": [index for index, layer in enumerate(layers) if layer.every],
+        }
+
+    def _file_bytes(self, name: str) -> int:
+        from flashsparse.weights import resident_bytes
+
+        return resident_bytes(self.manifest.files[name].bytes)
+
+    def _predictor_bytes(self) -> int:
+        name = "predictor.safetensors"
+        return self._file_bytes(name) if self.tier == "predict" and name in self.manifest.files else 0
+
+    def _kv_bytes(self) -> int:
+        """Keys and values of one token in all layers."""
+        m = self.manifest
+        return 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2)
+
+    def _slot_bytes(self) -> int:
+        from flashsparse.flash import slot_stride
+
+        return max(slot_stride(self.manifest.record.stride, ALIGN, f.sector, f.direct) for f in self.files)
+
+    def _layer_bytes(self) -> int:
+        return self.manifest.intermediate_size * self.manifest.record.stride + ALIGN
+
+    def _smallest_tile(self) -> int:
+        return min(self._layer_bytes(), max(MIN_TILE_BYTES, 4 * self._slot_bytes()))
+
+    def _tile_for(self, spare: int) -> int:
+        """Tiles grow with what the floor leaves over; two of them take an eighth of it at most."""
+        return max(self._smallest_tile(), min(MAX_TILE_BYTES, self._layer_bytes(), spare // 16))
+
+    def hidden_floats(self) -> int:
+        return max(self.manifest.prefill_chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
+
+    def scratch_bytes(self, tile_bytes: int) -> int:
+        """An upper bound of what one step allocates beside weights, KV cache and slots."""
+        m = self.manifest
+        width = max(m.hidden_size, m.heads * m.head_dim)
+        floats = self.hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
+        return 4 * floats + m.prefill_chunk * self._choice_bytes() + 2 * (tile_bytes + 2 * ALIGN)
+
+    def _choice_bytes(self) -> int:
+        """Bytes per token of what decides which neurons are computed."""
+        records = self.manifest.intermediate_size
+        if self.tier != "predict":
+            return 4 * records if self.manifest.gate == "full" else 0
+        extra = scratch_sizes(self.manifest)
+        return (4 + 4 * extra.wide + 2) * records + 4 * extra.middle  # and two bytes: the mask, and its opposite
+
+
+def _budget(dram: str | int | None, least: MemoryPlan, runtime: int) -> int:
+    """The budget asked for."""
+    if dram is None:
+        return memory.default_budget(least.needs_all, runtime)
+    return dram if isinstance(dram, int) else memory.parse_size(dram, memory.machine_memory())
