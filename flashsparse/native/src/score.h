@@ -40,49 +40,82 @@ void round_token(const float* x, int64_t columns, int8_t* q, float* steps, float
     }
 }
 
-inline V group_terms(V step, V sum, V scale, V bias, V products) {
+ALWAYS_INLINE V group_terms(V step, V sum, V scale, V bias, V products) {
     return mul(step, add(mul(scale, products), mul(bias, sum)));
 }
 
-// The last groups of a row, fewer than eight: copied, because reading on could leave the matrix.
-template <int bits, int group, class Scales>
-V last_groups(const uint8_t* words, Scales scales, Scales biases, int64_t g, int count, const int8_t* q, V step, V sum) {
+struct ScoredRow {
+    const uint8_t *words, *scales, *biases;
+};
+
+inline ScoredRow scored_row(const Scoring& job, int64_t r) {
+    int64_t parts = r * job.format.scale_bytes;
+    return {bytes_at(job.w->data, r * job.format.data_bytes), bytes_at(job.w->scales, parts),
+            bytes_at(job.w->biases, parts)};
+}
+
+// Eight scales or biases from group g on. The type is tested here, once for hundreds of values, not compiled in.
+ALWAYS_INLINE V parts_at(const uint8_t* parts, int32_t dtype, int64_t g) {
+    if (dtype == FS_F16) return load_f16((const uint16_t*)parts + g);
+    if (dtype == FS_F32) return load((const float*)parts + g);
+    return load_bf16((const uint16_t*)parts + g);
+}
+
+// The last groups of a row, fewer than eight. `inside`: reading eight stays inside the matrix; otherwise they are copied.
+// The groups beyond meet zeros of the token; their scales are cleared, since they need not be finite.
+template <int bits, int group>
+ALWAYS_INLINE V last_terms(ScoredRow row, int32_t dtype, int64_t g, int count, bool inside, const int8_t* q, V step, V sum) {
     constexpr int bytes = group * bits / 8;
+    const uint8_t* words = row.words + g * bytes;
+    if (inside) {
+        V scale = first_lanes(parts_at(row.scales, dtype, g), count), bias = first_lanes(parts_at(row.biases, dtype, g), count);
+        return group_terms(step, sum, scale, bias, eight_groups<bits, group>(words, q));
+    }
     uint8_t copy[kLanes * bytes] = {0};
     float scale[kLanes] = {0}, bias[kLanes] = {0};
-    memcpy(copy, words + g * bytes, size_t(count * bytes));
-    for (int i = 0; i < count; i++) scale[i] = scales.one(g + i), bias[i] = biases.one(g + i);
+    memcpy(copy, words, size_t(count * bytes));
+    for (int i = 0; i < count; i++) {
+        scale[i] = float_at(row.scales, dtype, g + i);
+        bias[i] = float_at(row.biases, dtype, g + i);
+    }
     return group_terms(step, sum, load(scale), load(bias), eight_groups<bits, group>(copy, q));
 }
 
-template <int bits, int group, class Scales>
-float score_row(const Scoring& job, int64_t row, int64_t token) {
-    const Format& f = job.format;
-    int64_t groups = f.columns / group, whole = groups / kLanes * kLanes;
-    const uint8_t* words = bytes_at(job.w->data, row * f.data_bytes);
-    Scales scales, biases;
-    bind(scales, f, bytes_at(job.w->scales, row * f.scale_bytes), nullptr, nullptr);
-    bind(biases, f, bytes_at(job.w->biases, row * f.scale_bytes), nullptr, nullptr);
+// R rows side by side share the token's values and hide each other's latencies.
+template <int bits, int group, int R>
+inline void score_tile(const Scoring& job, int64_t first, int64_t token) {
+    constexpr int bytes = group * bits / 8;
+    int64_t groups = job.format.columns / group, whole = groups / kLanes * kLanes;
     const int8_t* q = job.q + token * job.groups * group;
     const float *steps = job.steps + token * job.groups, *sums = job.sums + token * job.groups;
-    V total = zero();
+    int32_t dtype = job.format.scale_dtype;
+    ScoredRow rows[R];
+    V total[R];
+    for (int r = 0; r < R; r++) rows[r] = scored_row(job, first + r), total[r] = zero();
     for (int64_t g = 0; g < whole; g += kLanes) {
-        V products = eight_groups<bits, group>(words + g * (group * bits / 8), q + g * group);
-        total = add(total, group_terms(load(steps + g), load(sums + g), scales.at(g), biases.at(g), products));
+        V step = load(steps + g), sum = load(sums + g);
+        for (int r = 0; r < R; r++) {
+            prefetch_stretch<kLanes * bytes>(rows[r].words + R * job.format.data_bytes + g * bytes);
+            V products = eight_groups<bits, group>(rows[r].words + g * bytes, q + g * group);
+            V scale = parts_at(rows[r].scales, dtype, g), bias = parts_at(rows[r].biases, dtype, g);
+            total[r] = add(total[r], group_terms(step, sum, scale, bias, products));
+        }
     }
-    if (whole < groups)
-        total = add(total, last_groups<bits, group>(words, scales, biases, whole, int(groups - whole), q + whole * group,
-                                                    load(steps + whole), load(sums + whole)));
-    return sum(total);
+    for (int r = 0; r < R && whole < groups; r++) {
+        bool inside = (job.w->rows - 1 - first - r) * groups >= whole + kLanes - groups;
+        total[r] = add(total[r], last_terms<bits, group>(rows[r], dtype, whole, int(groups - whole), inside,
+                                                         q + whole * group, load(steps + whole), load(sums + whole)));
+    }
+    float* out = job.out + token * job.w->rows + first;
+    for (int r = 0; r < R; r++) out[r] = job.bias ? sum(total[r]) + job.bias[first + r] : sum(total[r]);
 }
 
-template <int bits, int group, class Scales>
+template <int bits, int group>
 void score_rows(const Scoring& job, int64_t row, int64_t end) {
+    for (; row + 4 <= end; row += 4)
+        for (int64_t t = 0; t < job.tokens; t++) score_tile<bits, group, 4>(job, row, t);
     for (; row < end; row++)
-        for (int64_t t = 0; t < job.tokens; t++) {
-            float value = score_row<bits, group, Scales>(job, row, t);
-            job.out[t * job.w->rows + row] = job.bias ? value + job.bias[row] : value;
-        }
+        for (int64_t t = 0; t < job.tokens; t++) score_tile<bits, group, 1>(job, row, t);
 }
 
 template <int n>
@@ -110,10 +143,7 @@ void score(const void* context, int64_t task, float*) {
     const Scoring& job = *(const Scoring*)context;
     int64_t row = task * job.rows_per_task, end = least(row + job.rows_per_task, job.w->rows);
     with_layout(job.format, [&](auto bits, auto group) {
-        constexpr int b = decltype(bits)::value, size = decltype(group)::value;
-        if (job.format.scale_dtype == FS_F32) score_rows<b, size, RowF32>(job, row, end);
-        else if (job.format.scale_dtype == FS_F16) score_rows<b, size, RowF16>(job, row, end);
-        else score_rows<b, size, RowBF16>(job, row, end);
+        score_rows<decltype(bits)::value, decltype(group)::value>(job, row, end);
     });
 }
 

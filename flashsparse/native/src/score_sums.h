@@ -5,6 +5,10 @@
 
 #include "simd.h"
 
+// The loop's pieces must not become calls that pass vectors through memory.
+#define ALWAYS_INLINE_LAMBDA __attribute__((always_inline))
+#define ALWAYS_INLINE inline ALWAYS_INLINE_LAMBDA
+
 namespace {
 
 #if defined(FS_AVX2)
@@ -24,28 +28,33 @@ inline int64_t place(int64_t i) {
     return first + (r & 2) * 16 + r / 4 * 2 + (r & 1);  // planes: values 0, 1, 4, 5, ... and 2, 3, 6, 7, ...
 }
 
-// At most 8 * 1 * 127 * 2, 4 * 3 * 127 * 2, 2 * 7 * 127 * 2, 2 * 15 * 127 * 2 a lane: int16 holds all.
+// Planes k and k + half are taken from the words and from the words shifted by four, where both lie k * bits too high.
+// No sum of a lane exceeds 8 * 127 * 4 of 1 bit, 12 * 127 * 4 of 2 bits, 15 * 127 * 4 of 4 bits: int16 holds all.
 template <int bits>
-inline __m256i plane_products(const uint8_t* words, const int8_t* q) {
-    __m256i all_words = _mm256_loadu_si256((const __m256i*)words), mask = _mm256_set1_epi8((1 << bits) - 1);
+ALWAYS_INLINE __m256i plane_products(const uint8_t* words, const int8_t* q) {
+    constexpr int half = 4 / bits;
+    __m256i low = _mm256_loadu_si256((const __m256i*)words), high = _mm256_srli_epi16(low, 4);
     __m256i total = _mm256_setzero_si256();
-    for (int k = 0; k < Words<bits>::planes; k++) {
-        __m256i plane = _mm256_and_si256(_mm256_srli_epi16(all_words, k * bits), mask);
-        __m256i x = _mm256_loadu_si256((const __m256i*)(q + 32 * k));
-        total = _mm256_add_epi16(total, _mm256_maddubs_epi16(plane, x));
+    for (int k = 0; k < half; k++) {
+        __m256i mask = _mm256_set1_epi8(((1 << bits) - 1) << (k * bits));
+        __m256i x0 = _mm256_loadu_si256((const __m256i*)(q + 32 * k));
+        __m256i x1 = _mm256_loadu_si256((const __m256i*)(q + 32 * (k + half)));
+        __m256i products = _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(low, mask), x0),
+                                            _mm256_maddubs_epi16(_mm256_and_si256(high, mask), x1));
+        total = k ? _mm256_add_epi16(total, _mm256_srai_epi16(products, k * bits)) : products;
     }
     return total;
 }
 
 // Two 3-bit values at bits 0 and 3 of each 16-bit lane become its two bytes.
-inline __m256i pair_bytes(__m256i lanes) {
+ALWAYS_INLINE __m256i pair_bytes(__m256i lanes) {
     __m256i first = _mm256_and_si256(lanes, _mm256_set1_epi16(7));
     __m256i second = _mm256_and_si256(_mm256_slli_epi16(lanes, 5), _mm256_set1_epi16(0x700));
     return _mm256_or_si256(first, second);
 }
 
 template <>
-inline __m256i plane_products<3>(const uint8_t* words, const int8_t* q) {
+ALWAYS_INLINE __m256i plane_products<3>(const uint8_t* words, const int8_t* q) {
     // Three bytes, eight values, to each 32-bit lane, then twelve bits, four values, to each half of it.
     __m256i all_words = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128((const __m128i*)words)),
                                                 _mm_loadu_si128((const __m128i*)(words + 8)), 1);
@@ -59,35 +68,51 @@ inline __m256i plane_products<3>(const uint8_t* words, const int8_t* q) {
 }
 
 template <int bits>
-inline __m256i wide_products(const uint8_t* words, const int8_t* q) {
+ALWAYS_INLINE __m256i wide_products(const uint8_t* words, const int8_t* q) {
     return _mm256_madd_epi16(plane_products<bits>(words, q), _mm256_set1_epi16(1));
 }
 
-// In each half: lane i becomes the sum of the half's four lanes of vector i.
-template <class Vector>
-inline __m256i sums_of_four(Vector&& at) {
-    return _mm256_hadd_epi32(_mm256_hadd_epi32(at(0), at(1)), _mm256_hadd_epi32(at(2), at(3)));
+// Sums of neighbouring lanes, a's before b's in each half. Lanes are at most `bound`.
+template <int bound>
+ALWAYS_INLINE __m256i pair_sums(__m256i a, __m256i b) {
+    if (bound > 32767) return _mm256_hadd_epi32(a, b);
+    return _mm256_madd_epi16(_mm256_packs_epi32(a, b), _mm256_set1_epi16(1));
 }
 
-template <class Vector>
-inline __m256i sums_of_eight(Vector&& at) {
-    __m256i low = sums_of_four(at), high = sums_of_four([&](int i) { return at(i + 4); });
+// In each half: lane i becomes the sum of that half's four lanes of vector first + i.
+template <int bound, class Vector>
+ALWAYS_INLINE __m256i sums_of_four(const Vector& at, int first) {
+    return pair_sums<2 * bound>(pair_sums<bound>(at(first), at(first + 1)), pair_sums<bound>(at(first + 2), at(first + 3)));
+}
+
+template <int bound, class Vector>
+ALWAYS_INLINE __m256i sums_of_eight(const Vector& at) {
+    __m256i low = sums_of_four<bound>(at, 0), high = sums_of_four<bound>(at, 4);
     return _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31));
 }
 
 template <int bits, int group>
-inline V eight_groups(const uint8_t* words, const int8_t* q) {
+ALWAYS_INLINE V eight_groups(const uint8_t* words, const int8_t* q) {
     using W = Words<bits>;
-    constexpr int vectors = 8 * group / W::values;
-    auto at = [&](int i) { return wide_products<bits>(words + i * W::bytes, q + i * W::values); };
+    constexpr int vectors = 8 * group / W::values, bound = ((1 << bits) - 1) * 127 * W::values / 8;
+    auto at = [=](int i) ALWAYS_INLINE_LAMBDA { return wide_products<bits>(words + i * W::bytes, q + i * W::values); };
     __m256i sums;
     if constexpr (vectors == 1) sums = at(0);
-    else if constexpr (vectors == 2) sums = _mm256_permute4x64_epi64(_mm256_hadd_epi32(at(0), at(1)), 0xd8);
+    else if constexpr (vectors == 2) sums = _mm256_permute4x64_epi64(pair_sums<bound>(at(0), at(1)), 0xd8);
     else if constexpr (vectors == 4)
-        sums = _mm256_permutevar8x32_epi32(sums_of_four(at), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    else if constexpr (vectors == 8) sums = sums_of_eight(at);
-    else sums = sums_of_eight([&](int i) { return _mm256_add_epi32(at(2 * i), at(2 * i + 1)); });
+        sums = _mm256_permutevar8x32_epi32(sums_of_four<bound>(at, 0), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    else if constexpr (vectors == 8) sums = sums_of_eight<bound>(at);
+    else {
+        auto two = [=](int i) ALWAYS_INLINE_LAMBDA { return _mm256_add_epi32(at(2 * i), at(2 * i + 1)); };
+        sums = sums_of_eight<2 * bound>(two);
+    }
     return _mm256_cvtepi32_ps(sums);
+}
+
+// v with the lanes from `count` on cleared, whatever they hold.
+inline V first_lanes(V v, int count) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lane)));
 }
 
 #else
@@ -124,6 +149,19 @@ inline V eight_groups(const uint8_t* words, const int8_t* q) {
     return load(sums);
 }
 
+// v with the lanes from `count` on cleared, whatever they hold.
+inline V first_lanes(V v, int count) {
+    float lane[8];
+    store(lane, v);
+    for (int i = count; i < 8; i++) lane[i] = 0.0f;
+    return load(lane);
+}
+
 #endif
+
+template <int bytes>
+ALWAYS_INLINE void prefetch_stretch(const uint8_t* p) {
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+}
 
 }  // namespace
