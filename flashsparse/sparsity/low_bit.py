@@ -6,6 +6,7 @@ The grid is the symmetric half-step one: 2**bits levels (q - (2**bits - 1) / 2) 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,13 +44,13 @@ class LowBit:
         grouped += self.biases[start:stop, :, None].astype(np.float32)
         return codes
 
-    def product(self, x: np.ndarray) -> np.ndarray:
+    def product(self, x: np.ndarray, matmul: Callable[[np.ndarray, np.ndarray], np.ndarray] = np.matmul) -> np.ndarray:
         """float32 [T, n]: x [T, d] rounded as the kernels round it, times the transposed matrix."""
         x = round_input(x, self.group)
         out = np.empty((x.shape[0], self.words.shape[0]), np.float32)
         rows = max(1, (16 << 20) // (4 * x.shape[1]))
         for start in range(0, out.shape[1], rows):
-            out[:, start : start + rows] = x @ self.dequantize(start, start + rows).T
+            out[:, start : start + rows] = matmul(x, self.dequantize(start, start + rows).T)
         return out
 
 
@@ -126,11 +127,17 @@ def quantize_rows(
 
 
 def round_input(x: np.ndarray, group: int) -> np.ndarray:
-    """x [T, d] rounded to int8 in groups (step absmax / 127, ties to even) and back to float32, as the kernels do."""
+    """x [T, d] rounded to int8 in groups (step absmax / 127, ties to even) and back to float32, as the kernels do.
+
+    A group whose step is subnormal becomes 0, one that holds NaN or an infinity NaN.
+    """
     grouped = np.asarray(x, np.float32).reshape(x.shape[0], -1, group)
     step = np.abs(grouped).max(axis=2, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, step, out=np.zeros_like(step), where=step > 0)
-    return (np.rint(grouped * inverse) * step).reshape(x.shape)
+    counts = step >= np.finfo(np.float32).tiny
+    with np.errstate(invalid="ignore"):
+        values = np.rint(np.divide(grouped, step, out=np.zeros_like(grouped), where=counts))
+        values *= step
+    return np.where(np.isfinite(step), values, np.float32(np.nan)).reshape(x.shape)
 
 
 def _importance(importance: np.ndarray | None, columns: int) -> np.ndarray:

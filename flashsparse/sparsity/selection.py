@@ -49,13 +49,14 @@ def above_threshold(scores: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def top(scores: np.ndarray, k: int) -> np.ndarray:
-    """bool [T, I]: the k highest scores of each token; NaN is the highest, ties go to the lower index."""
+    """bool [T, I]: the k highest scores of each token; NaN is higher than all, ties go to the lower index."""
     width = scores.shape[1]
     if k == 0 or scores.shape[0] == 0:
         return np.zeros(scores.shape, bool)
-    ranked = np.where(np.isnan(scores), np.inf, scores)
-    last = np.partition(ranked, width - k, axis=1)[:, width - k, None]
-    above, tied = ranked > last, ranked == last
+    last = np.partition(scores, width - k, axis=1)[:, width - k, None]  # which puts NaN last
+    unordered, all_nan = np.isnan(scores), np.isnan(last)
+    above = (scores > last) | (unordered & ~all_nan)
+    tied = (scores == last) | (unordered & all_nan)
     room = k - above.sum(axis=1, keepdims=True)
     return above | (tied & (np.cumsum(tied, axis=1) <= room))
 

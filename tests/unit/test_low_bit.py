@@ -145,14 +145,19 @@ def test_the_product_is_that_of_the_rounded_input() -> None:
     copy = quantize_rows(rng.standard_normal((40, 128)).astype(np.float32), 2, 64)
     x = rng.standard_normal((3, 128)).astype(np.float32)
     x[1, :64] = 0
+    x[2, :64] *= 1e-39
+    x[2, 5] = 1e-37  # the step is subnormal
     rounded = round_input(x, 64)
     for token in range(3):
         for group in range(2):
             part = x[token, 64 * group : 64 * group + 64]
             step = np.abs(part).max() / 127
-            expected = np.round(part / step) * step if step else part
-            np.testing.assert_allclose(rounded[token, 64 * group : 64 * group + 64], expected, atol=1e-6)
+            expected = np.round(part / step) * step if step >= 2.0**-126 else np.zeros(64)
+            np.testing.assert_allclose(rounded[token, 64 * group : 64 * group + 64], expected, rtol=1e-6)
     np.testing.assert_allclose(copy.product(x), rounded @ copy.dequantize().T, atol=1e-4)
+    x[0, 3], x[1, 70] = np.inf, np.nan
+    bad = np.isnan(round_input(x, 64)).reshape(3, 2, 64)
+    assert bad.all(axis=2).tolist() == bad.any(axis=2).tolist() == [[True, False], [False, True], [False, False]]
 
 
 def test_a_group_that_does_not_fit_is_named() -> None:

@@ -70,16 +70,16 @@ def test_a_gate_copy_scores_with_its_bias(layer: Layer) -> None:
 
 
 def test_gate_and_up_copies_score_the_value(layer: Layer) -> None:
-    copy = fit_gate_up_copy(layer.gate, None, layer.up, layer.down, 2, 32)
+    norms = np.linalg.norm(layer.down, axis=0)
+    copy = fit_gate_up_copy(layer.gate, None, layer.up, layer.bias, norms, 2, 32)
     assert set(copy.tensors()) == {
-        "gate.weight", "gate.scales", "gate.biases", "up.weight", "up.scales", "up.biases", "down_norm",
+        "gate.weight", "gate.scales", "gate.biases", "up.weight", "up.scales", "up.biases", "up.bias", "down_norm",
     }  # fmt: skip
     assert copy.up is not None
     gate, up = (round_input(layer.x, 32) @ part.dequantize().T for part in (copy.gate, copy.up))
-    norms = np.linalg.norm(layer.down, axis=0)
-    expected = np.maximum(gate, 0) * np.abs(up) * norms
+    expected = np.maximum(gate, 0) * np.abs(up + layer.bias) * norms
     np.testing.assert_allclose(copy.scores("relu", None, layer.x), expected, rtol=1e-3, atol=1e-3)
-    alone = fit_gate_up_copy(layer.gate, layer.bias, None, layer.down, 2, 32)
+    alone = fit_gate_up_copy(layer.gate, layer.bias, None, None, norms, 2, 32)
     assert set(alone.tensors()) == {"gate.weight", "gate.scales", "gate.biases", "gate.bias", "down_norm"}
     expected = np.maximum(gate + layer.bias, 0) * norms
     np.testing.assert_allclose(alone.scores("relu", None, layer.x), expected, rtol=1e-3, atol=1e-3)

@@ -165,7 +165,7 @@ def test_the_cheapest_predictor_that_reaches_the_goal_is_chosen() -> None:
 def test_bytes_are_those_of_the_tensors(layer: Layer) -> None:
     for bits, bias in ((1, None), (3, layer.bias)):
         gate = fit_gate_copy(layer.gate, bias, bits, 32).tensors()
-        both = fit_gate_up_copy(layer.gate, bias, layer.up, layer.down, bits, 32).tensors()
+        both = fit_gate_up_copy(layer.gate, bias, layer.up, None, layer.down[0], bits, 32).tensors()
         vectors = int(bias is not None)
         assert copy_bytes(WIDTH, D, bits, 32, 1, vectors) == sum(values.nbytes for values in gate.values())
         assert copy_bytes(WIDTH, D, bits, 32, 2, vectors + 1) == sum(values.nbytes for values in both.values())

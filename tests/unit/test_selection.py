@@ -33,7 +33,7 @@ def test_the_rules_are_those_of_a_stable_sort(scores: np.ndarray, data: st.DataO
     threshold = data.draw(st.sampled_from([-np.inf, 0.0, 0.5, 1.0, np.inf]))
     high = [[i for i, s in enumerate(row) if s >= threshold or s != s] for row in scores]
     best = [
-        sorted(range(len(row)), key=lambda i, row=row: (-np.inf if row[i] != row[i] else -row[i], i))[:k]
+        sorted(range(len(row)), key=lambda i, row=row: (row[i] == row[i], -row[i] if row[i] == row[i] else 0, i))[:k]
         for row in scores
     ]
     expected = {
