@@ -63,9 +63,9 @@ def eval(
     from flashsparse.pack.manifest import Manifest
 
     manifest = Manifest.load(pack)
-    others = [(path.name, _recorded(path)) for path in beside]
     _check_texts(manifest, texts)
     window, generate = _lengths(manifest, window, generate)
+    others = [(path.name, _recorded(path, texts, window)) for path in beside]
     memory = _memory(Memory(**values), window, generate)
     quality = _measure(pack, texts, reference, tokens, window, generate, prompts, memory)
     record = quality.to_dict() | _context(manifest, texts, window, reference)
@@ -158,7 +158,11 @@ def _reference(
                 f"--reference {source}: found a vocabulary of {model.vocab_size} tokens, expected {manifest.vocab_size}"
             )
         inputs = [np.array(window[:-1]) for window in windows]
-        states = walk(model, inputs, work=Path(work), progress=progress)
+
+        def tell(what: str, done: int, total: int) -> None:
+            progress(f"reference, {what}", done, total)
+
+        states = walk(model, inputs, work=Path(work), progress=tell)
         try:
             yield lambda window, rows: model.logits(states.read(window)[rows])
         finally:
@@ -189,13 +193,17 @@ def _save(pack: Path, record: dict[str, Any]) -> None:
         click.echo(f"{pack}: the figures are not kept: {error.strerror or error}", err=True)
 
 
-def _recorded(path: Path) -> dict[str, Any]:
+def _recorded(path: Path, texts: Sequence[Path], window: int) -> dict[str, Any]:
+    """What was measured of another pack, on the same text in the same windows."""
     from flashsparse.pack.manifest import Manifest
     from flashsparse.quality.record import read_quality
+    from flashsparse.sparsity.texts import texts_sha256
 
     found, problem = read_quality(path, Manifest.load(path).digest)
     if found is None:
         raise UsageError(f"--beside {path}: {problem or 'no quality.json; run `flashsparse eval` on it first'}")
+    if (found["text_sha256"], found["window"]) != (texts_sha256(texts), window):
+        raise UsageError(f"--beside {path}: was judged on another text or window; run `flashsparse eval` on it again")
     return found
 
 

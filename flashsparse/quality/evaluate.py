@@ -78,7 +78,8 @@ def encode(engine: Engine, text: str, tokens: int) -> list[int]:
     """
     if engine.tokenizer is None:
         raise UsageError("this pack has no tokenizer, so that no text can be judged; convert it with one")
-    ids = [int(token) for token in engine.tokenizer.encode(text, add_special_tokens=False)]
+    # verbose is off because the text may be longer than the context: it is cut into windows.
+    ids = [int(token) for token in engine.tokenizer.encode(text, add_special_tokens=False, verbose=False)]
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} tokens, expected at least 2: the first predicts the second")
     return ids[: tokens + 1]

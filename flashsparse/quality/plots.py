@@ -29,6 +29,8 @@ def _layers(ax: Any, layers: Sequence[dict[str, float]]) -> None:
         ax.plot(100 * layer["true_density"], y, "o", color=COLORS[1], fillstyle="none", label=_once(index, "active"))
         ax.plot(x, y, "o", color=COLORS[0], label=_once(index, "loaded"))
         ax.annotate(str(index), (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8, color=INK)
+    ax.margins(0.12)
+    ax.ticklabel_format(useOffset=False)
     ax.set(xlabel="neurons (% of the layer)", ylabel="recall (%)")
     ax.set_title("Each layer" if layers else "Every neuron of every layer is loaded", fontsize=10, color=INK)
     if layers:
@@ -51,6 +53,9 @@ def _bytes(ax: Any, packs: Sequence[tuple[str, dict[str, Any]]]) -> None:
             ax.plot([x, whole], [y, dense], color=color, linewidth=0.8)
             ax.plot(whole, dense, "s", color=color, fillstyle="none", label=_once(index, "dense"))
     ax.set_xlim(left=0)
+    ax.ticklabel_format(useOffset=False)
+    low, high = ax.get_ylim()
+    ax.set_ylim(min(low, 0.999 * high), max(high, 1.001 * low))  # less than this is no difference
     ax.set(xlabel="FFN bytes of a token's neurons, cache or not (MB)", ylabel="perplexity")
     ax.set_title("Left and down is better", fontsize=10, color=INK)
     ax.legend(fontsize=8, frameon=False)

@@ -17,6 +17,7 @@ from flashsparse.pack.manifest import canonical_json
 NAME = "quality.json"
 VERSION = 1
 MAX_BYTES = 16 << 20
+_NEEDED = ("text_sha256", "window", "layers", "selected_bytes_per_token", "ffn_bytes", "dense_perplexity")
 _SHOWN = ("tokens", "perplexity", "recall", "predicted_density")
 
 
@@ -46,6 +47,8 @@ def read_quality(pack: Path, digest: str) -> tuple[dict[str, Any] | None, str | 
             return None, f"{NAME} is of another pack; run `flashsparse eval` again"
         if not all(isinstance(found[name], int | float) for name in _SHOWN):
             return None, f"{NAME} cannot be read: a figure is not a number"
+        if missing := [name for name in _NEEDED if name not in found]:
+            return None, f"{NAME} cannot be read: {missing[0]} is missing"
         return found, None
     except FileNotFoundError:
         return None, None

@@ -24,6 +24,8 @@ from flashsparse.quality.record import NAME, quality_lines, read_quality, write_
 from flashsparse.sparsity.selection import Confusion
 from flashsparse.stats import Counters
 
+SHOWN = ("tokens", "perplexity", "recall", "predicted_density")
+
 # Sums
 
 
@@ -141,7 +143,7 @@ class FakeEngine:
             tier=tier, vocab_size=11, layers=layers, prefill_chunk=4, record=record, intermediate_size=6
         )
         self.tokenizer = SimpleNamespace(
-            encode=lambda text, add_special_tokens: [ord(one) % 11 for one in text],
+            encode=lambda text, add_special_tokens, verbose: [ord(one) % 11 for one in text],
             decode=lambda ids: "é" * len(ids),
         )
         self.counters = Counters()
@@ -289,7 +291,7 @@ def test_texts_that_cannot_be_judged() -> None:
 
 def record(**changes: Any) -> dict[str, Any]:
     found = evaluate(FakeEngine(), cut_windows(IDS, 10)).to_dict()  # type: ignore[arg-type]
-    return found | {"pack": "d" * 64} | changes
+    return found | {"pack": "d" * 64, "text_sha256": "e" * 64, "window": 10} | changes
 
 
 def test_the_record_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
@@ -310,7 +312,9 @@ def test_the_record_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
         ("{}", "cannot be read"),
         ('{"version": 2}', "of version 2"),
         ('{"version": 1, "pack": "other"}', "of another pack"),
-        ('{"version": 1, "pack": "d", "tokens": "x"}', "not a number"),
+        ('{"version": 1, "pack": "d", "tokens": 1}', "KeyError"),
+        (json.dumps({"version": 1, "pack": "d"} | dict.fromkeys(SHOWN, "1")), "not a number"),
+        (json.dumps({"version": 1, "pack": "d"} | dict.fromkeys(SHOWN, 1)), "text_sha256 is missing"),
     ],
 )
 def test_records_that_are_not_used(text: str, problem: str, tmp_path: Path) -> None:
