@@ -88,7 +88,7 @@ class Sparsing:
         self.model, self.windows, self.samples = model, windows, samples
         self._work, self._progress = work, progress
         self.dense_loss = math.nan  # nats per predicted token; set by `dense`
-        self.density: tuple[float, ...] = ()  # share of h that is not zero, per layer
+        self.density: tuple[float, ...] = ()  # share of act(g) that is not zero, per layer
 
     @property
     def tokens(self) -> int:
@@ -99,7 +99,7 @@ class Sparsing:
         seen = np.zeros(self.model.layers)
 
         def visit(block: Block) -> None:
-            seen[block.layer] += np.count_nonzero(block.hidden)
+            seen[block.layer] += np.count_nonzero(activated(self.model, block))
             if collect:
                 self.samples.add(block)
 

@@ -26,7 +26,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 LINES = ("-", "--", ":", "-.")
 SHOWN_LAYERS = 6  # lines in a figure of one curve per layer
 UNDATED = {".png": "Software", ".pdf": "CreationDate", ".svg": "Date"}  # suffix -> what metadata leaves out
-PPL_FLOOR = 1e-3  # per cent, the least rise a logarithmic axis shows
+PPL_FLOOR = 0.01  # per cent, the least rise that the logarithmic axis shows; lower ones lie on it
 
 
 @dataclass(frozen=True)
@@ -146,6 +146,8 @@ def _frontiers(ax: Any, curves: Sequence[Curve]) -> None:
     ax.axhline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
     ax.annotate("+1 %", (1, 1), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8, color=INK)
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.set_ylim(bottom=0.8 * PPL_FLOOR)
     ax.set_xlim(left=0)
     ax.set(xlabel="activation ratio (% of neurons, mean over layers and tokens)", ylabel="perplexity above dense (%)")
     ax.set_title("Left and down is better", fontsize=10, color=INK)
