@@ -80,6 +80,62 @@ def test_records_refuse_what_lies_outside(workers: native.Workers) -> None:
         native.ffn_hidden(workers, record, slab, *nothing, zeros(1, 16), None, None, hidden)
 
 
+def low(bits: int, rows: int = 3, cols: int = 64) -> native.Matrix:
+    words, parts = zeros(rows, cols * bits // 32, dtype=np.uint32), zeros(rows, cols // 64)
+    at = parts.ctypes.data
+    return native.Matrix(words.ctypes.data, rows, cols, native.DTYPES[f"Q{bits}"], at, at, 0, 64, keep=(words, parts))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3])
+def test_low_bits_are_for_scores_only(workers: native.Workers, bits: int) -> None:
+    native.score(workers, low(bits), None, zeros(2, 64), zeros(2, 3))
+    with pytest.raises(ValueError, match=f"a {bits}-bit matrix can only be scored with"):
+        native.linear(workers, low(bits), None, zeros(2, 64), zeros(2, 3))
+    with pytest.raises(ValueError, match=f"a {bits}-bit matrix can only be scored with"):
+        native.gather(low(bits), zeros(1, dtype=np.int32), zeros(1, 64))
+    with pytest.raises(ValueError, match=f"records of {bits}-bit vectors"):
+        native.Record(up=0, down=64, d=64, dtype=native.DTYPES[f"Q{bits}"], group_size=64, activation=1, gated=True)
+
+
+def test_score_refuses(workers: native.Workers) -> None:
+    for matrix_ in (matrix(), low(8)):
+        with pytest.raises(ValueError, match="1 to 4 bits"):
+            native.score(workers, matrix_, None, zeros(2, matrix_.cols), zeros(2, 3))
+    with pytest.raises(ValueError, match="group size 64"):
+        low(2, cols=96)
+    for x, out, bias in (
+        (zeros(2, 32), zeros(2, 3), None),
+        (zeros(2, 64), zeros(2, 4), None),
+        (zeros(2, 64), zeros(2, 3), zeros(2)),
+        (zeros(2, 64, dtype=np.float16), zeros(2, 3), None),
+    ):
+        with pytest.raises(ValueError, match="expected a contiguous float32"):
+            native.score(workers, low(2), bias, x, out)
+
+
+def test_masks_are_checked(workers: native.Workers) -> None:
+    record = native.Record(gate=0, up=64, down=128, d=16, dtype=0, activation=1, gated=True)
+    slab, one = zeros(256, dtype=np.uint8), np.zeros(1, np.int32)
+
+    def hidden(activated: np.ndarray | None, mask: np.ndarray | None, neuron: int = 0) -> None:
+        ids, x, out = np.array([neuron], np.int32), zeros(2, 16), zeros(2, 1)
+        native.ffn_hidden(workers, record, slab, np.zeros(1, np.int64), ids, one, x, activated, mask, out)
+
+    hidden(zeros(2, 5), zeros(2, 5, dtype=np.uint8))
+    hidden(None, zeros(2, 5, dtype=np.uint8), 4)
+    for activated, mask in (
+        (None, zeros(3, 5, dtype=np.uint8)),
+        (zeros(2, 5), zeros(2, 4, dtype=np.uint8)),
+        (None, zeros(2, 5, dtype=np.bool_)),
+    ):
+        with pytest.raises(ValueError, match="mask: expected a contiguous uint8"):
+            hidden(activated, mask)
+    with pytest.raises(ValueError, match="ids: 5"):
+        hidden(None, zeros(2, 5, dtype=np.uint8), 5)
+    with pytest.raises(ValueError, match=r"expected \[T, I\]"):
+        hidden(None, zeros(5, dtype=np.uint8))
+
+
 def test_attention_refuses_positions_beyond_the_cache(workers: native.Workers) -> None:
     cache = zeros(1, 4, 8, dtype=np.float16)
     with pytest.raises(ValueError, match="does not fit"):

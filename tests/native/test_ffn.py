@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from flashsparse import native
+from flashsparse.kernels.reference import ReferenceKernels
 from tests.native.operands import PLAIN, TYPES, Stored, close, exact, store, variants
 
 NEURONS, SIZE = 45, 192
@@ -95,7 +97,12 @@ def make_record(down: Stored, fields: dict[str, int], name: str, gated: bool, si
 
 
 def run(
-    layer: Layer, x: np.ndarray, activated: np.ndarray | None, ids: np.ndarray | None = None, threads: int = 2
+    layer: Layer,
+    x: np.ndarray,
+    activated: np.ndarray | None,
+    ids: np.ndarray | None = None,
+    threads: int = 2,
+    mask: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Hidden values [T, n] and outputs [T, d] of the records `ids`, all by default."""
     ids = np.arange(NEURONS, dtype=np.int32) if ids is None else ids
@@ -103,7 +110,7 @@ def run(
     hidden = np.full((len(x), len(ids)), np.nan, np.float32)
     y = np.zeros((len(x), layer.record.d), np.float32)
     with native.Workers(threads) as workers:
-        native.ffn_hidden(workers, layer.record, layer.slab, layer.offsets[ids], ids, cols, x, activated, None, hidden)
+        native.ffn_hidden(workers, layer.record, layer.slab, layer.offsets[ids], ids, cols, x, activated, mask, hidden)
         native.ffn_down(workers, layer.record, layer.slab, layer.offsets[ids], cols, hidden, y)
     return hidden, y
 
@@ -206,6 +213,77 @@ def test_rounds_and_arrival_order_do_not_change_bits(tokens: int, seed: int) -> 
             native.ffn_down(workers, layer.record, layer.slab, layer.offsets[part], cols, width, again)
             assert np.array_equal(width, hidden[:, part])
     assert np.array_equal(again, y)
+
+
+def random_mask(tokens: int, share: float = 0.5, seed: int = 11) -> np.ndarray:
+    return (np.random.default_rng(seed).random((tokens, NEURONS)) < share).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize("name", ["relu", "silu", "drelu"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("tokens", [1, 21])
+def test_a_mask_keeps_bits_and_gives_zeros(kind: str, name: str, gated: bool, given: bool, tokens: int) -> None:
+    layer, x = make_layer(kind, name, gated=gated, scored=not given), normal(tokens, SIZE, seed=9)
+    gates = sparse_gates(tokens) if given else None
+    whole = run(layer, x, gates)[0]
+    for mask in (random_mask(tokens), random_mask(tokens, 0.05), np.zeros_like(random_mask(tokens))):
+        found, y = run(layer, x, gates, mask=mask)
+        assert np.array_equal(found, np.where(mask, whole, 0))
+        assert not np.signbit(found[mask == 0]).any()
+        assert y.any() == found.any()
+    assert np.array_equal(run(layer, x, gates, mask=np.ones_like(mask))[0], whole)
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("tokens", [1, 19])
+def test_masks_follow_neuron_numbers_not_columns(given: bool, tokens: int) -> None:
+    layer, x = make_layer("F16", "relu", scored=not given), normal(tokens, SIZE, seed=9)
+    gates, mask = sparse_gates(tokens) if given else None, random_mask(tokens)
+    ids = np.array([40, 2, 3, 17, 44, 0, 9, 21, 30, 31, 1], np.int32)
+    found = run(layer, x, gates, ids, mask=mask)[0]
+    assert np.array_equal(found, run(layer, x, gates, mask=mask)[0][:, ids])
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_what_is_masked_is_never_computed(given: bool, tokens: int) -> None:
+    layer, x = make_layer("F16", "relu", scored=not given), normal(tokens, SIZE, seed=9)
+    gates, mask = sparse_gates(tokens) if given else None, random_mask(tokens)
+    mask[:, 4] = 0
+    expected = run(layer, x, gates, mask=mask)
+    begin = layer.offsets[4]
+    layer.slab[begin : begin + layer.record.bytes].view(np.uint16)[:] = 0x7E00  # NaN
+    if gates is not None:
+        gates[:, 4] = np.nan
+    for found, want in zip(run(layer, x, gates, mask=mask), expected, strict=True):
+        assert np.array_equal(found, want)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_reference_kernels_agree(gated: bool, given: bool, masked: bool) -> None:
+    layer, x = make_layer("F32", "relu", gated=gated), normal(5, SIZE, seed=9)
+    gates, mask = sparse_gates(5) if given else None, random_mask(5) if masked else None
+    ids = np.arange(NEURONS, dtype=np.int32)
+    names = ("gate", "gate_bias", "up", "up_bias", "down")
+    sizes = {name: 4 if name.endswith("bias") else 4 * SIZE for name in names}
+    places = {name: getattr(layer.record.c, name) for name in names}
+    fields = {name: SimpleNamespace(offset=at, bytes=sizes[name]) for name, at in places.items() if at >= 0}
+    manifest = SimpleNamespace(
+        activation=SimpleNamespace(name="relu", param=None),
+        record=SimpleNamespace(fields=fields),
+        source_dtype="F32",
+        quant=None,
+        hidden_size=SIZE,
+        gated=gated,
+    )
+    hidden = np.full((5, NEURONS), np.nan, np.float32)
+    ReferenceKernels(manifest).hidden(layer.slab, layer.offsets, ids, ids, x, gates, mask, hidden)
+    np.testing.assert_allclose(hidden, run(layer, x, gates, mask=mask)[0], rtol=1e-4, atol=1e-3)
+    assert mask is None or not hidden[mask == 0].any()
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
