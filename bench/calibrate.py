@@ -135,7 +135,7 @@ def show(report: dict[str, Any], limit: str) -> None:
     )
     print(f"peak memory  {format_bytes(report['peak_bytes'])} (process)")
     print(
-        f"             {'no control group' if group is None else format_bytes(group)} (group of {limit}, file cache in)"
+        f"             {'no control group' if group is None else format_bytes(group)} (group of {limit}, with the file cache)"
     )
 
 
