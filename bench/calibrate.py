@@ -134,9 +134,8 @@ def show(report: dict[str, Any], limit: str) -> None:
         f"all layers   {report['extrapolated_s'] / 60:.1f} min for {LAYERS}: extrapolated, {report['layers_run']} ran"
     )
     print(f"peak memory  {format_bytes(report['peak_bytes'])} (process)")
-    print(
-        f"             {'no control group' if group is None else format_bytes(group)} (group of {limit}, with the file cache)"
-    )
+    if group is not None:
+        print(f"             {format_bytes(group)} (control group of {limit}, with the file cache)")
 
 
 if __name__ == "__main__":
