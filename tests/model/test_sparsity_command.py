@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from converter.model import LayerWeights, Model, open_model
 from converter.samples import Samples
-from converter.sparsing import Sparsing, check_setting, open_sparsing
+from converter.sparsing import Point, Sparsing, check_setting, open_sparsing
 from converter.walk import Block, losses, walk
 from flashsparse.cli.sparsity import sparsity
 from flashsparse.errors import UsageError
@@ -22,6 +22,7 @@ from flashsparse.sparsity.activations import activate
 from flashsparse.sparsity.metrics import METRICS, Cett, top_k_mask
 from flashsparse.sparsity.thresholds_file import read_thresholds
 from tests.checkpoints import write_checkpoint
+from tests.model.packs import make_pack
 
 DEMO = Path(__file__).parents[2] / "flashsparse" / "demo_model"
 CARD = DEMO / "README.md"
@@ -50,6 +51,13 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 def measured(model: Model) -> Iterator[Sparsing]:
     with open_sparsing(model, windows(), ALL) as sparsing:
         yield sparsing
+
+
+def same(one: Point, other: Point) -> None:
+    """Equal but for the order in which products are summed."""
+    assert one.thresholds == pytest.approx(other.thresholds, rel=1e-5)
+    assert one.layers == pytest.approx(other.layers, abs=1e-3)
+    assert one.ppl_ratio == pytest.approx(other.ppl_ratio, rel=1e-4)
 
 
 def test_a_target_of_nothing_is_the_dense_model(measured: Sparsing) -> None:
@@ -94,15 +102,14 @@ def test_cett_thresholds_are_those_of_the_dense_layers(measured: Sparsing) -> No
             np.concatenate(parts), weights.down, weights.down_norms
         ).largest_threshold(0.2)
         assert 0 < point.layers[layer] < measured.density[layer]
-    again = measured.at("pplp", 0.2)
-    assert again == point
+    same(measured.at("pplp", 0.2), point)
 
 
 @pytest.mark.parametrize("metric", ALL)
 def test_the_search_stays_within_the_perplexity(measured: Sparsing, metric: str) -> None:
     point = measured.search(metric, 1.05)
     assert point.ppl_ratio < 1.05
-    assert point == measured.at(metric, point.setting)
+    same(point, measured.at(metric, point.setting))
     assert point.activation_ratio < np.mean(measured.density)
 
 
@@ -132,6 +139,15 @@ def test_a_layer_that_never_fires(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert point.dead[1] == 96
             assert np.isfinite(point.ppl_ratio)
         assert point.layers[0] > 0
+
+
+def test_a_pack_measures_as_its_source(tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    points = []
+    for path in (pack, tmp_path / "pack-source"):
+        with open_model(path) as opened, open_sparsing(opened, windows(), ["pplp"]) as measured:
+            points.append(measured.at("pplp", 0.1))
+    same(*points)
 
 
 def test_samples_are_evenly_spaced_tokens(tmp_path: Path) -> None:
