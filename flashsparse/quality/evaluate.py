@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashsparse.errors import UsageError
-from flashsparse.likelihood import feed
+from flashsparse.likelihood import feed, log_softmax
 from flashsparse.quality.measures import GenerationMeasures, SetMeasures, TokenMeasures, total
 
 if TYPE_CHECKING:
@@ -187,10 +187,25 @@ def generate(
 
 
 def _continue(engine: Engine, prompt: list[int], length: int, seed: int | None = None) -> list[int]:
-    """Generated tokens: greedy, or sampled with a seed."""
+    """`length` tokens after the prompt: greedy, or sampled with a seed. End tokens do not end it: all are compared."""
+    rng = None if seed is None else np.random.default_rng(seed)
+    tokens: list[int] = []
     with engine.session() as session:
-        temp = 0.0 if seed is None else 1.0
-        return [piece.token for piece in session.generate(prompt, max_tokens=length, temp=temp, seed=seed)]
+        *_, (_, logits) = feed(session, prompt, engine.manifest.prefill_chunk)
+        while True:
+            tokens.append(_choose(logits[-1:], rng))
+            if len(tokens) == length:
+                return tokens
+            logits = session.logits(tokens[-1:])
+
+
+def _choose(logits: np.ndarray, rng: np.random.Generator | None) -> int:
+    """The likeliest token under logits [1, V], or one drawn from them: adding Gumbel noise makes the maximum a draw.
+
+    The noise of two models with one seed is the same, so that equal models draw equal samples.
+    """
+    likely = log_softmax(logits)[0]
+    return int(np.argmax(likely if rng is None else likely + rng.gumbel(size=likely.shape)))
 
 
 def _score(engine: Engine, prompt: list[int], continuation: list[int], measures: TokenMeasures) -> None:

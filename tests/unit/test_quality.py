@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from flashsparse.errors import NumericError, UsageError
 from flashsparse.likelihood import BLOCK_FLOATS
-from flashsparse.quality.evaluate import PROMPT_TOKENS, cut_windows, encode, evaluate, generate
+from flashsparse.quality.evaluate import PROMPT_TOKENS, SEED, _choose, cut_windows, encode, evaluate, generate
 from flashsparse.quality.measures import GenerationMeasures, SetMeasures, TokenMeasures, total
 from flashsparse.quality.record import NAME, quality_lines, read_quality, write_quality
 from flashsparse.sparsity.selection import Confusion
@@ -182,15 +182,6 @@ class FakeSession:
                 engine.observer(SimpleNamespace(layer=layer, predicted=sets, active=active, values=values))
         return engine.table[ids] * (1 if engine.dense else engine.quality)
 
-    def generate(self, ids: list[int], max_tokens: int, temp: float, seed: int | None) -> Iterator[Any]:
-        rng = np.random.default_rng(seed)
-        token = ids[-1]
-        for _ in range(max_tokens):
-            logits = self.logits([token])[0].astype(float)
-            shares = np.exp(logits - logits.max())
-            token = int(logits.argmax()) if temp == 0 else int(rng.choice(11, p=shares / shares.sum()))
-            yield SimpleNamespace(token=token)
-
 
 IDS = np.random.default_rng(6).integers(0, 11, 41).tolist()
 
@@ -268,12 +259,19 @@ def test_samples_are_scored_after_their_prompt() -> None:
     prompt = IDS[:PROMPT_TOKENS]
     found = generate(engine, [IDS], prompts=1, length=7)  # type: ignore[arg-type]
     assert found is not None
-    from flashsparse.quality.evaluate import SEED
-
-    session = FakeSession(engine)
-    sample = [piece.token for piece in session.generate(prompt, 7, 1.0, SEED)]
+    rng, last, sample = np.random.default_rng(SEED), prompt[-1], []
+    for _ in range(7):
+        last = int((engine.table[last].astype(float) + rng.gumbel(size=11)).argmax())
+        sample.append(last)
     expected = losses(engine.table[[prompt[-1], *sample[:-1]]], sample)
     assert found.sampled.nats == pytest.approx(expected) == found.dense_sampled.nats
+
+
+def test_samples_are_drawn_from_the_distribution() -> None:
+    rng, logits = np.random.default_rng(7), np.log(np.array([[1, 2, 5]], np.float32))
+    drawn = np.bincount([_choose(logits, rng) for _ in range(8000)], minlength=3) / 8000
+    assert drawn == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.02)
+    assert _choose(logits, None) == 2
 
 
 def test_texts_that_cannot_be_judged() -> None:
