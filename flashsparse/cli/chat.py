@@ -119,6 +119,13 @@ class Chat:
             click.echo("(stopped)", err=True)
         if self.always_stats and self.last_stats:
             click.echo(stats_line(self.last_stats), err=True)
+            self._warn_of_drift()
+
+    def _warn_of_drift(self) -> None:
+        """Say so when the predictor names far more or fewer neurons than on its calibration text."""
+        drift = self.conversation.engine.drift()
+        if drift is not None and drift.warning is not None:
+            click.echo(drift.warning, err=True)
 
     def command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -141,6 +148,7 @@ class Chat:
 
     def do_stats(self, _: str) -> None:
         click.echo(stats_line(self.last_stats) if self.last_stats else "no reply yet")
+        self._warn_of_drift()
 
     def do_set(self, rest: str) -> None:
         name, _, value = rest.partition(" ")

@@ -19,6 +19,7 @@ import pytest
 from flashsparse import cli, errors
 from flashsparse.cli import chat, conversation, demo, generate, packs, report
 from flashsparse.cli.options import Sampling
+from flashsparse.stats import Drift
 
 RUN = [sys.executable, "-m", "flashsparse"]
 STATS = {
@@ -308,6 +309,10 @@ class FakeEngine:
         self.tokenizer = FakeTokenizer(templated) if tokenizer else None
         self.plan = FakePlan()
         self.fake = FakeSession(fail)
+        self.found: Drift | None = None
+
+    def drift(self) -> Drift | None:
+        return self.found
 
     @contextlib.contextmanager
     def session(self) -> Iterator[FakeSession]:
@@ -367,6 +372,16 @@ def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     assert "no reply yet" in output.out
     assert "12.5 tok/s" in output.out
     assert output.err == "flashsparse: /what is not a command; /help lists them\n"
+
+
+@pytest.mark.parametrize(("ratio", "warned"), [(1.2, False), (1.5, True), (0.5, True)])
+def test_stats_warn_when_the_predictor_drifts(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, ratio: float, warned: bool
+) -> None:
+    engine = FakeEngine()
+    engine.found = Drift(ratio, (ratio,))
+    talk(engine, "hi\n", monkeypatch, stats=True)
+    assert (f"the predictor names {ratio:.2f} times as many neurons" in capsys.readouterr().err) == warned
 
 
 def test_save_and_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
