@@ -10,9 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from converter.predictors.compensate import DAMPING, compensated_rows
+from converter.predictors.low_rank import Moments, input_covariance
 from converter.predictors.products import matmul
-from flashsparse.sparsity.low_bit import LowBit, quantize_rows
+from flashsparse.sparsity.low_bit import LowBit, check_layout, quantize_rows
 from flashsparse.sparsity.selection import scores_from_gate, scores_from_gate_up
+
+Inputs = Moments | np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,16 @@ class Copies:
 
 
 def fit_gate_copy(
-    gate: np.ndarray, bias: np.ndarray | None, bits: int, group: int, importance: np.ndarray | None = None
+    gate: np.ndarray, bias: np.ndarray | None, bits: int, group: int, inputs: Inputs = None, compensate: bool = True
 ) -> Copies:
-    """The low-bit copy of gate [I, d]; importance is E[x_j^2] [d] from calibration text.
+    """The low-bit copy of gate [I, d].
 
-    Raises UsageError for a layout that does not fit d.
+    `inputs` are the FFN inputs' moments from calibration text, with which rounding errors are made to cancel (see
+    `compensate`; a gate's bias then takes up what is left on average), or only their E[x_j^2] [d], which weighs the
+    errors; None: all weights count alike. Without `compensate` moments only weigh. Raises UsageError for a layout that
+    does not fit d.
     """
-    return Copies(quantize_rows(gate, bits, group, importance), _vector(bias))
+    return Copies(*_fit(gate, bias, bits, group, inputs, compensate))
 
 
 def fit_gate_up_copy(
@@ -65,15 +72,37 @@ def fit_gate_up_copy(
     norms: np.ndarray,
     bits: int,
     group: int,
-    importance: np.ndarray | None = None,
+    inputs: Inputs = None,
+    compensate: bool = True,
 ) -> Copies:
-    """Copies of gate and up [I, d] for the value score; norms [I] of the down columns. Without a gate there is no up.
+    """Copies of gate and up [I, d], each as `fit_gate_copy` fits it, and norms [I] of the down columns: the value score.
 
-    Raises UsageError for a layout that does not fit d.
+    A model without a gate has no up. Raises UsageError for a layout that does not fit d.
     """
-    up_copy = None if up is None else quantize_rows(up, bits, group, importance)
-    gate_copy = quantize_rows(gate, bits, group, importance)
-    return Copies(gate_copy, _vector(bias), _vector(norms), up_copy, _vector(up_bias))
+    gate_copy, gate_bias = _fit(gate, bias, bits, group, inputs, compensate)
+    if up is None:
+        return Copies(gate_copy, gate_bias, _vector(norms))
+    return Copies(gate_copy, gate_bias, _vector(norms), *_fit(up, up_bias, bits, group, inputs, compensate))
+
+
+def _fit(
+    weight: np.ndarray, bias: np.ndarray | None, bits: int, group: int, inputs: Inputs, compensate: bool
+) -> tuple[LowBit, np.ndarray | None]:
+    if not isinstance(inputs, Moments):
+        return quantize_rows(weight, bits, group, inputs), _vector(bias)
+    if not compensate:
+        return quantize_rows(weight, bits, group, inputs.importance()), _vector(bias)
+    check_layout(weight.shape[1], bits, group)  # before the costly part
+    copy = compensated_rows(weight, bits, group, input_covariance(inputs, bias is not None, DAMPING))
+    if bias is None:
+        return copy, None
+    mean = (inputs.x / inputs.tokens).astype(np.float32)
+    return copy, _vector(bias + weight @ mean - _dense_times(copy, mean))
+
+
+def _dense_times(copy: LowBit, x: np.ndarray) -> np.ndarray:
+    """The copy times one unrounded vector [d], in blocks of rows."""
+    return np.concatenate([copy.dequantize(row, row + 1024) @ x for row in range(0, len(copy.words), 1024)])
 
 
 def _vector(values: np.ndarray | None) -> np.ndarray | None:

@@ -88,7 +88,7 @@ def whitened_svd(weight: np.ndarray, rank: int, moments: Moments, bias: np.ndarr
     """
     wide = np.asarray(weight, np.float64)
     centred = bias is not None
-    fit = _truncate(wide, _covariance(moments, centred), rank, bias)
+    fit = _truncate(wide, input_covariance(moments, centred), rank, bias)
     if bias is None:
         return fit
     mean = moments.x / moments.tokens
@@ -97,7 +97,7 @@ def whitened_svd(weight: np.ndarray, rank: int, moments: Moments, bias: np.ndarr
 
 def reduced_rank_regression(moments: Moments, rank: int) -> LowRank:
     """The rank-limited linear map with a bias from x to g of least mean squared error (damped), in closed form."""
-    covariance = _covariance(moments, centred=True)
+    covariance = input_covariance(moments, centred=True)
     mean_x, mean_g = moments.x / moments.tokens, moments.g / moments.tokens
     cross = moments.xg / moments.tokens - np.outer(mean_x, mean_g)
     fit = _truncate(np.linalg.solve(covariance, cross).T, covariance, rank, mean_g)
@@ -127,7 +127,7 @@ def check_rank(rank: int, inputs: int, outputs: int) -> None:
         raise UsageError(f"rank {rank}: expected 1 to {min(inputs, outputs)}")
 
 
-def _covariance(moments: Moments, centred: bool) -> np.ndarray:
+def input_covariance(moments: Moments, centred: bool, damping: float = DAMPING) -> np.ndarray:
     """E[x x'], less the mean's part when centred, damped so that it is positive definite."""
     if moments.tokens == 0:
         raise UsageError("no tokens to fit a predictor on: found 0, expected some")
@@ -136,7 +136,7 @@ def _covariance(moments: Moments, centred: bool) -> np.ndarray:
         mean = moments.x / moments.tokens
         covariance -= np.outer(mean, mean)
     power = float(np.trace(covariance)) / len(covariance)
-    covariance[np.diag_indices_from(covariance)] += DAMPING * power if power > 0 else 1.0
+    covariance[np.diag_indices_from(covariance)] += damping * power if power > 0 else 1.0
     return covariance
 
 

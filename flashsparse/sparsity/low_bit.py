@@ -119,11 +119,35 @@ def quantize_rows(
     step = max(1, _BLOCK_ELEMENTS // columns)
     for start in range(0, rows, step):
         block = np.asarray(weight[start : start + step], np.float32).reshape(-1, columns // group, group)
-        _check_block(block, start)
-        scale = _Search(block, weights, bits).best() if search else _plain(block, bits)
+        check_weights(block, start)
+        scale = best_scales(block, weights, bits) if search else _plain(block, bits)
         scales[start : start + step] = scale
-        words[start : start + step] = pack(_codes(block, scale, bits).reshape(-1, columns), bits)
-    return LowBit(words, scales, _bias(scales, bits), bits, group)
+        words[start : start + step] = pack(codes_of(block, scale[:, :, None], bits).reshape(-1, columns), bits)
+    return LowBit(words, scales, bias_of(scales, bits), bits, group)
+
+
+def best_scales(block: np.ndarray, importance: np.ndarray, bits: int) -> np.ndarray:
+    """float16 [n, groups]: the searched scales of weights [n, groups, group]; importance [groups, group], mean 1."""
+    return _Search(block, importance, bits).best()
+
+
+def codes_of(weights: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 codes of the levels nearest to the weights; the float16 scales are of a shape that broadcasts."""
+    levels = np.floor(weights * _inverse(scale.astype(np.float32))) + np.float32(2 ** (bits - 1))
+    return np.clip(levels, 0, 2**bits - 1).astype(np.uint8)
+
+
+def bias_of(scales: np.ndarray, bits: int) -> np.ndarray:
+    """float16: the value of code 0, with which the levels are symmetric about 0."""
+    return (scales.astype(np.float32) * np.float32(-(2**bits - 1) / 2)).astype(np.float16)
+
+
+def check_weights(block: np.ndarray, start: int = 0) -> None:
+    """Raises UsageError naming the first row (counted from `start`) with a weight that is not finite or too large."""
+    largest = np.abs(block).reshape(len(block), -1).max(axis=1)
+    if not (largest <= MAX_WEIGHT).all():  # NaN fails too
+        row = int(np.argmin(largest <= MAX_WEIGHT))
+        raise UsageError(f"row {start + row}: found a weight of {largest[row]}, expected at most {MAX_WEIGHT:.0f}")
 
 
 def round_input(x: np.ndarray, group: int) -> np.ndarray:
@@ -151,17 +175,6 @@ def _importance(importance: np.ndarray | None, columns: int) -> np.ndarray:
     return np.maximum(given / mean, 1e-6).astype(np.float32) if mean > 0 else np.ones(columns, np.float32)
 
 
-def _check_block(block: np.ndarray, start: int) -> None:
-    largest = np.abs(block).max(axis=(1, 2))
-    if not (largest <= MAX_WEIGHT).all():  # NaN fails too
-        row = int(np.argmin(largest <= MAX_WEIGHT))
-        raise UsageError(f"row {start + row}: found a weight of {largest[row]}, expected at most {MAX_WEIGHT:.0f}")
-
-
-def _bias(scales: np.ndarray, bits: int) -> np.ndarray:
-    return (scales.astype(np.float32) * np.float32(-(2**bits - 1) / 2)).astype(np.float16)
-
-
 def _plain(block: np.ndarray, bits: int) -> np.ndarray:
     largest = np.abs(block).max(axis=2)
     return (largest / np.float32((2**bits - 1) / 2)).astype(np.float16)
@@ -170,12 +183,6 @@ def _plain(block: np.ndarray, bits: int) -> np.ndarray:
 def _inverse(scale: np.ndarray) -> np.ndarray:
     """1 / scale; 0 for what float16 rounds to 0."""
     return np.divide(1, scale, out=np.zeros_like(scale), where=scale > 1e-8)
-
-
-def _codes(block: np.ndarray, scale: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes of the levels nearest to the weights [rows, groups, group]."""
-    levels = np.floor(block * _inverse(scale.astype(np.float32))[:, :, None]) + np.float32(2 ** (bits - 1))
-    return np.clip(levels, 0, 2**bits - 1).astype(np.uint8)
 
 
 class _Search:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import converter.predictors.products as products
+from converter.predictors.compensate import compensated_rows
 from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy
 from converter.predictors.lookahead import (
     HintCounts,
@@ -20,13 +21,14 @@ from converter.predictors.low_rank import (
     LowRank,
     Moments,
     _leading,
+    input_covariance,
     reduced_rank_regression,
     truncated_svd,
     whitened_svd,
 )
 from converter.predictors.train import Settings
 from flashsparse.errors import ConvertError, UsageError
-from flashsparse.sparsity.low_bit import round_input
+from flashsparse.sparsity.low_bit import best_scales, bias_of, codes_of, round_input
 from tests.unit.random_layer import TOKENS, WIDTH, D, Layer, numbers
 
 
@@ -67,6 +69,63 @@ def test_a_gate_copy_scores_with_its_bias(layer: Layer) -> None:
     expected = round_input(layer.x, 64) @ copy.gate.dequantize().T + layer.bias
     np.testing.assert_allclose(copy.scores("relu", None, layer.x), expected, atol=1e-3)
     assert "gate.bias" not in fit_gate_copy(layer.gate, None, 2, 32).tensors()
+
+
+def swept_slowly(weight: np.ndarray, bits: int, group: int, moment: np.ndarray) -> np.ndarray:
+    """GPTQ by its definition: after each column the others take up its error as the inverse of what remains says."""
+    work, out, power = weight.astype(np.float64), np.empty_like(weight), np.diagonal(moment)
+    for column in range(weight.shape[1]):
+        if column % group == 0:
+            importance = (power / power.mean()).astype(np.float32)[None, column : column + group]
+            scale = best_scales(work[:, None, column : column + group].astype(np.float32), importance, bits)[:, 0]
+        codes = codes_of(work[:, column].astype(np.float32), scale, bits)
+        out[:, column] = codes * scale.astype(np.float32) + bias_of(scale, bits).astype(np.float32)
+        inverse = np.linalg.inv(moment[column:, column:])
+        work[:, column:] -= np.outer(work[:, column] - out[:, column], inverse[0] / inverse[0, 0])
+    return out
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_compensated_rounding_is_gptqs_sweep(bits: int, layer: Layer) -> None:
+    moment = input_covariance(layer.moments(), False, 0.01)
+    found = compensated_rows(layer.gate, bits, 32, moment).dequantize()
+    assert np.isclose(found, swept_slowly(layer.gate, bits, 32, moment), atol=1e-3).mean() > 0.99
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_errors_that_cancel_leave_less_in_the_output(bits: int, layer: Layer) -> None:
+    moments = Moments(D)
+    x = layer.x + np.linspace(-1, 1, D, dtype=np.float32)  # FFN inputs have a mean
+    moments.add(x[:400])
+    judged, target = x[400:], x[400:] @ layer.gate.T
+    copies = [fit_gate_copy(layer.gate, None, bits, 64, moments, compensate) for compensate in (True, False)]
+    sums = [((copy.scores("relu", None, judged) - target) ** 2).sum() for copy in copies]
+    assert sums[0] < (0.7 if bits == 1 else 0.6) * sums[1]
+    assert copies[0].gate.nbytes == copies[1].gate.nbytes
+    weighted = fit_gate_copy(layer.gate, None, bits, 64, moments.importance())
+    assert np.array_equal(weighted.gate.words, copies[1].gate.words)
+
+
+def test_a_gates_bias_takes_up_the_mean_error_of_its_copy(layer: Layer) -> None:
+    moments = Moments(D)
+    x = layer.x + np.linspace(-2, 2, D, dtype=np.float32)
+    moments.add(x)
+    copy = fit_gate_up_copy(layer.gate, layer.bias, layer.up, layer.bias, layer.bias, 2, 64, moments)
+    assert copy.bias is not None and copy.up is not None and copy.up_bias is not None
+    for part, bias, weight in ((copy.gate, copy.bias, layer.gate), (copy.up, copy.up_bias, layer.up)):
+        error = x @ part.dequantize().T + bias - (x @ weight.T + layer.bias)
+        assert np.abs(error.mean(axis=0)).max() < 1e-3 < np.abs(bias - layer.bias).max()
+
+
+def test_weights_and_layouts_that_cannot_be_swept_are_named(layer: Layer) -> None:
+    broken = layer.gate.copy()
+    broken[7, 3] = np.nan
+    with pytest.raises(UsageError, match="row 7"):
+        fit_gate_copy(broken, None, 2, 64, layer.moments())
+    with pytest.raises(UsageError, match="group size 128"):
+        fit_gate_copy(layer.gate, None, 2, 128, layer.moments())
+    with pytest.raises(UsageError, match="no tokens"):
+        fit_gate_copy(layer.gate, None, 2, 64, Moments(D))
 
 
 def test_gate_and_up_copies_score_the_value(layer: Layer) -> None:
