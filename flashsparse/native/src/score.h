@@ -36,7 +36,10 @@ void round_token(const float* x, int64_t columns, int8_t* q, float* steps, float
         }
         float step = from_bits(top) / 127.0f;
         if (top >= 0x7f800000) steps[g] = from_bits(0x7fc00000);
-        else if (step >= from_bits(0x00800000)) steps[g] = step, sums[g] = round_group<bits, group>(x + first, step, first, q);
+        if (top < 0x7f800000 && step >= from_bits(0x00800000)) {
+            steps[g] = step;
+            sums[g] = round_group<bits, group>(x + first, step, first, q);
+        }
     }
 }
 

@@ -126,20 +126,57 @@ inline int64_t place(int64_t i) {
     return i - r + r % planes * bytes + r / planes;
 }
 
+// Vectors of n bytes, and their bytes widened.
+template <int n>
+struct Bytes {
+    typedef uint8_t Unsigned __attribute__((vector_size(n)));
+    typedef int8_t Signed __attribute__((vector_size(n)));
+    typedef uint16_t Pairs __attribute__((vector_size(n)));
+    typedef int16_t Wide __attribute__((vector_size(2 * n)));
+};
+
+// Eight 3-bit values of three bytes, one to a byte.
+inline uint64_t spread_eight(const uint8_t* p) {
+    uint64_t v = uint64_t(p[0] | p[1] << 8 | p[2] << 16);
+    v = (v | v << 20) & 0x00000fff00000fff;
+    v = (v | v << 10) & 0x003f003f003f003f;
+    return (v | v << 5) & 0x0707070707070707;
+}
+
+// `bytes` bytes of `planes` values each, times the planes of q. int16 holds a lane's sum: at most 15240.
+template <int bits, int planes, int bytes>
+inline int32_t byte_products(const uint8_t* words, const int8_t* q) {
+    constexpr int width = bytes < 16 ? bytes : 16;
+    using B = Bytes<width>;
+    typename B::Wide total = {};
+    for (int i = 0; i < bytes; i += width) {
+        typename B::Pairs pairs;
+        memcpy(&pairs, words + i, width);
+        for (int k = 0; k < planes; k++, pairs = pairs >> bits) {
+            typename B::Pairs kept = pairs & uint16_t(((1 << bits) - 1) * 0x101);
+            typename B::Unsigned weights;
+            typename B::Signed x;
+            memcpy(&weights, &kept, width);
+            memcpy(&x, q + k * bytes + i, width);
+            total += __builtin_convertvector(weights, typename B::Wide) * __builtin_convertvector(x, typename B::Wide);
+        }
+    }
+    int16_t lanes[width];
+    memcpy(lanes, &total, sizeof lanes);
+    int32_t sum = 0;
+    for (int i = 0; i < width; i++) sum += lanes[i];
+    return sum;
+}
+
 template <int bits, int group>
 inline int32_t group_products(const uint8_t* words, const int8_t* q) {
-    int32_t total = 0;
-    if (bits == 3) {
-        for (int i = 0; i < group / 8; i++) {
-            int32_t eight = words[3 * i] | words[3 * i + 1] << 8 | words[3 * i + 2] << 16;
-            for (int k = 0; k < 8; k++) total += (eight >> (3 * k) & 7) * q[8 * i + k];
-        }
-        return total;
+    if constexpr (bits != 3) return byte_products<bits, 8 / bits, group * bits / 8>(words, q);
+    uint8_t values[group];
+    for (int i = 0; i < group / 8; i++) {
+        uint64_t eight = spread_eight(words + 3 * i);
+        memcpy(values + 8 * i, &eight, 8);
     }
-    constexpr int planes = 8 / (bits == 3 ? 1 : bits), bytes = group / planes;
-    for (int k = 0; k < planes; k++)
-        for (int i = 0; i < bytes; i++) total += (words[i] >> (k * bits) & ((1 << bits) - 1)) * q[k * bytes + i];
-    return total;
+    return byte_products<bits, 1, group>(values, q);
 }
 
 template <int bits, int group>
