@@ -88,10 +88,12 @@ def _check_texts(manifest: Manifest, texts: Sequence[Path]) -> None:
 
 
 def _lengths(manifest: Manifest, window: int | None, generate: int) -> tuple[int, int]:
-    """(tokens of a window, tokens to generate), within the model's context."""
+    """(tokens of a window, tokens to generate where there is something to compare), within the model's context."""
     context = int(manifest.config["max_position_embeddings"])
     if window is not None and window > context:
         raise UsageError(f"--window {window}: the model's context is {context} tokens")
+    if manifest.tier != "predict":
+        return window or min(WINDOW, context), 0  # it generates what the dense model does
     fits = max(0, context - PROMPT_TOKENS)
     if generate > fits:
         click.echo(f"generating {fits} tokens: the model's context is {context}", err=True)
@@ -127,7 +129,7 @@ def _measure(
         windows = evaluate.cut_windows(evaluate.encode(engine, text, tokens), window)
         with _reference(reference, engine.manifest, windows, progress) as dense:
             quality = evaluate.evaluate(engine, windows, dense, progress)
-        if generate and engine.manifest.tier == "predict":
+        if generate:
             quality.generation = evaluate.generate(engine, windows, prompts, generate, progress)
     return quality
 
@@ -231,11 +233,11 @@ def _percent(share: float | None) -> str:
 def _generation(generation: dict[str, Any] | None) -> list[str]:
     if generation is None:
         return []
-    equal, diverged = 100 * generation["equal_share"], generation["mean_divergence"]
+    prompts, equal, parted = generation["prompts"], 100 * generation["equal_share"], generation["mean_divergence"]
     sampled, own = generation["sampled_perplexity"], generation["dense_sampled_perplexity"]
     return [
-        f"greedy from {generation['prompts']} prompts: {equal:.1f} % of the tokens are the dense model's, the first "
-        f"other one comes after {diverged:.0f}",
+        f"greedy from {prompts} prompts: {equal:.1f} % of the tokens are the dense model's; they part after {parted:.0f} "
+        f"of {generation['tokens'] / prompts:.0f} tokens on average",
         f"samples have perplexity {sampled:.4g} under the dense model, its own have {own:.4g}",
     ]
 
