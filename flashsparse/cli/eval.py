@@ -236,8 +236,8 @@ def _generation(generation: dict[str, Any] | None) -> list[str]:
     prompts, equal, parted = generation["prompts"], 100 * generation["equal_share"], generation["mean_divergence"]
     sampled, own = generation["sampled_perplexity"], generation["dense_sampled_perplexity"]
     return [
-        f"greedy from {prompts} prompts: {equal:.1f} % of the tokens are the dense model's; they part after {parted:.0f} "
-        f"of {generation['tokens'] / prompts:.0f} tokens on average",
+        f"greedy from {prompts} prompts: {equal:.1f} % of the tokens are the dense model's; they part after "
+        f"{parted:.0f} of {generation['tokens'] / prompts:.0f} tokens on average",
         f"samples have perplexity {sampled:.4g} under the dense model, its own have {own:.4g}",
     ]
 
