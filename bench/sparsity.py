@@ -67,7 +67,7 @@ def draw(path: Path, results: dict[str, dict[str, Any]]) -> None:
         for metric, points in result["frontiers"].items()
     ]
     bars = [
-        (f"{label}, {NAMES[metric]}", point["layers"])
+        (f"{label}, {NAMES[metric]} within +{100 * (ALLOWED - 1):.0f} %", point["layers"])
         for label, result in results.items()
         for metric, point in result["within"].items()
         if metric == "pplp"
