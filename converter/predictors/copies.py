@@ -75,7 +75,7 @@ def fit_gate_up_copy(
     inputs: Inputs = None,
     compensate: bool = True,
 ) -> Copies:
-    """Copies of gate and up [I, d], each as `fit_gate_copy` fits it, and norms [I] of the down columns: the value score.
+    """Copies of gate and up [I, d], each fitted as `fit_gate_copy` does, with norms [I] of the down columns.
 
     A model without a gate has no up. Raises UsageError for a layout that does not fit d.
     """

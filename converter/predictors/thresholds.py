@@ -44,11 +44,12 @@ def calibrate(
     """The highest threshold, or the smallest k, with which `target` reaches `goal` (0 < goal <= 1) on the sample.
 
     scores, values (|h| * ||down column||) float32 and active bool are [T, I]; of more than `SAMPLE` pairs, tokens
-    evenly spaced are taken. density: the least selection of at least that share. topk_and_threshold: the threshold may
-    lose half of what the goal allows, and k is the smallest cap with which the goal is still met (density: with which
-    99 % of the selections stay). Where nothing is active (no value, for value_recall) nothing need be
-    selected: the threshold is just above every score, k is 1. NaN scores are always selected. Raises UsageError for an
-    unknown target or selection, a goal outside (0, 1] and no tokens, NumericError for values that are not finite.
+    evenly spaced are taken. density: the least selection of at least that share, but not a mass of ties (as at a value
+    score of 0) when leaving it out comes closer. topk_and_threshold: the threshold may lose half of what the goal
+    allows, and k is the smallest cap with which the goal is still met (density: with which 99 % of the selections
+    stay). Where nothing is active (no value, for value_recall) nothing need be selected: the threshold is just above
+    every score, k is 1. NaN scores are always selected. Raises UsageError for an unknown target or selection, a goal
+    outside (0, 1] and no tokens, NumericError for values that are not finite.
     """
     if target not in TARGETS or selection not in RULES or not 0 < goal <= 1 or not scores.size:
         raise UsageError(
@@ -64,6 +65,8 @@ def calibrate(
     if selection != "topk":
         halfway = selection == "topk_and_threshold" and target != "density"
         threshold = _highest_threshold(sample, gains, total, 1 - (1 - goal) / 2 if halfway else goal)
+        if target == "density":
+            threshold = _without_ties(sample, threshold, goal * sample.size)
     if selection == "topk":
         k = _smallest_k(sample, gains, goal * total if goal < 1 else None, None)
     elif selection == "topk_and_threshold":
@@ -142,6 +145,14 @@ def _highest_threshold(scores: np.ndarray, gains: np.ndarray, total: float, goal
     order = np.argsort(found)[::-1]
     held = np.cumsum(weights[order], dtype=np.float64)
     return _finite(found[order[min(int(np.searchsorted(held, missing)), len(held) - 1)]])
+
+
+def _without_ties(scores: np.ndarray, threshold: float, wanted: float) -> float:
+    """The next higher score where the ties at the threshold overshoot by more than their absence falls short."""
+    above = scores > np.float32(threshold)
+    surplus = np.count_nonzero(above_threshold(scores, threshold)) - wanted
+    shortfall = wanted - np.count_nonzero(above | np.isnan(scores))
+    return _finite(scores[above].min()) if surplus > shortfall + 1 and above.any() else threshold
 
 
 def _cap_goal(target: str, goal: float, total: float, scores: np.ndarray, threshold: float | None) -> float | None:

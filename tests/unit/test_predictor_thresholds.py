@@ -92,6 +92,14 @@ def test_equal_scores_are_selected_together() -> None:
         assert (found.threshold, found.density, found.value_recall) == (2, 1, 1)
 
 
+def test_a_density_leaves_a_mass_of_ties_out_when_that_comes_closer() -> None:
+    scores = np.array([[0.0] * 16 + [1.0, 2.0, 3.0, 4.0]], np.float32)  # value scores: most are 0
+    values = np.maximum(scores, 0)
+    assert calibrate(scores, values, values > 0, "density", 0.3).threshold == 1
+    assert calibrate(scores, values, values > 0, "density", 0.8).threshold == 0
+    assert calibrate(scores, values, values > 0, "density", 0.15).threshold == 2
+
+
 def test_nan_scores_are_selected_and_counted_and_bad_values_refused() -> None:
     scores = np.array([[np.nan, 3.0, 2.0, 1.0]], np.float32)
     values = np.array([[6.0, 2.0, 1.0, 1.0]], np.float32)
