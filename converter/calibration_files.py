@@ -50,7 +50,7 @@ def write_layer(partial: Path, layer: int, found: dict[str, np.ndarray]) -> None
     stored = {name: (_TYPES[values.dtype.name], values.shape) for name, values in tensors.items()}
     order = storage_order(stored)
     head = header_bytes({name: stored[name] for name in order})
-    write_file(_layer_path(partial, layer), head + b"".join(tensors[name].tobytes() for name in order))
+    write_file(layer_path(partial, layer), head + b"".join(tensors[name].tobytes() for name in order))
 
 
 def publish(partial: Path, directory: Path, layers: int, facts: dict[str, Any]) -> None:
@@ -74,12 +74,12 @@ def publish(partial: Path, directory: Path, layers: int, facts: dict[str, Any]) 
     write_file(directory / DESCRIPTION, (json.dumps(description, indent=1) + "\n").encode())
 
 
-def _layer_path(partial: Path, layer: int) -> Path:
+def layer_path(partial: Path, layer: int) -> Path:
     return partial / f"layer-{layer:03d}.safetensors"
 
 
 def _read_layer(partial: Path, layer: int) -> Header:
-    path = _layer_path(partial, layer)
+    path = layer_path(partial, layer)
     if not path.is_file():
         raise ConvertError(f"{path}: missing, expected the results of this layer; use --force to start over")
     return read_header(path)

@@ -6,12 +6,14 @@ that the pack's bytes are what was written.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from converter.bundles import records
 from converter.plan import Plan
+from converter.predict import published
 from converter.quantize import quantize_rows
 from converter.source import Checkpoint, SourceTensor
 from flashsparse.errors import PackError
@@ -23,10 +25,19 @@ def difference(checkpoint: Checkpoint, plan: Plan, dst: Path) -> str:
     """The first thing in the pack at `dst` that differs from the plan and the checkpoint, "" when nothing does."""
     try:
         found = Manifest.load(dst)
-        text = _facts(plan, found)
+        text, plan = _predictor(checkpoint, plan, found)
+        text = text or _facts(plan, found)
         return text or _records(checkpoint, plan, found) or _resident(checkpoint, plan, found)
     except PackError as problem:
         return str(problem)
+
+
+def _predictor(checkpoint: Checkpoint, plan: Plan, found: Manifest) -> tuple[str, Plan]:
+    """In tier predict the plan with the pack's own predictor, if it is of the kind and the text that were asked for."""
+    if plan.recipe is None:
+        return "", plan
+    text, predictor = published(plan.recipe, checkpoint.directory, found)
+    return text, replace(plan, predictor=predictor)
 
 
 def _facts(plan: Plan, found: Manifest) -> str:

@@ -6,8 +6,8 @@ Peak memory is a few blocks of rows plus one block of down-projection columns, w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,14 @@ from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
 from converter.plan import Options, Plan, make_plan
+from converter.predict import fit, write_predictor
+from converter.predict_options import given, predict_options
 from converter.publish import Staging, check_replaceable, check_space, staging_path
 from converter.resident import write_resident
 from converter.source import Checkpoint, open_checkpoint
 from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_digest, flash_name, resident_digest
-from flashsparse.pack.manifest import MANIFEST, RESIDENT, read_manifest
+from flashsparse.pack.manifest import MANIFEST, PREDICTOR, RESIDENT, read_manifest
 
 Progress = Callable[[str, int, int], None]  # (file being written, bytes done, bytes of the whole pack)
 
@@ -39,32 +41,65 @@ def convert(
     tier: str = "auto",
     gate: str = "full",
     activation: str | None = None,
+    calibrate: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    calibrate_tokens: int | None = None,
+    calibrate_window: int | None = None,
+    predictor: str | None = None,
+    predictor_bits: int | str | None = None,
+    predictor_rank: int | str | None = None,
+    select: str | None = None,
+    target: str | None = None,
+    thresholds: str | os.PathLike[str] | None = None,
+    predictor_from: str | os.PathLike[str] | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
+    fitting: Progress | None = None,
 ) -> Path:
     """Converts a checkpoint directory or repository id `src` to the pack `dst` and returns its path.
 
     `activation` (NAME[:PARAM]) overrides the configuration's. `resume` continues a conversion that was stopped, starts
     one when there is none, and succeeds at once when the pack is complete; `force` replaces a pack at `dst`.
+
+    Tier predict, which `progress` tells of and before it `fitting` (what, done, of how many): a `predictor`
+    (gate-copy, the default, gate-up-copy, svd, wsvd, trained, exact-gate) of `predictor_bits` (1 to 4, by default 2)
+    or `predictor_rank`, or "auto" of either for a size per layer, is fitted to each layer. On the first
+    `calibrate_tokens` (10000) tokens of the texts `calibrate`, in windows of `calibrate_window`, the rule `select`
+    (threshold, topk, topk-and-threshold) is set so that it meets `target`: value-recall:0.98, recall:V, density:V,
+    density-ratio:V (times the true density) or ppl-ratio:V. `thresholds` names a file of `flashsparse sparsity
+    --save-thresholds` to take in place of that, `predictor_from` imported PowerInfer predictors. Without a text,
+    thresholds are where the activation's zeros begin.
+
     Raises UsageError, SourceUnavailableError, CheckpointError, UnsupportedModelError or ConvertError.
     """
-    options = Options(bits, group_size, tier, gate, activation)
-    target = _destination(dst)
-    if os.path.lexists(target) and not (resume or force):
-        raise _exists(target)
+    found = given(
+        calibrate,
+        thresholds,
+        predictor_from,
+        calibrate_tokens=calibrate_tokens,
+        calibrate_window=calibrate_window,
+        predictor=predictor,
+        predictor_bits=predictor_bits,
+        predictor_rank=predictor_rank,
+        select=select,
+        target=target,
+    )
+    options = Options(bits, group_size, tier, gate, activation, predict_options(found, tier))
+    pack = _destination(dst)
+    if os.path.lexists(pack) and not (resume or force):
+        raise _exists(pack)
     with open_checkpoint(find_source(src)) as checkpoint:
         plan = make_plan(checkpoint, options)
         source = checkpoint.fingerprint()
         try:
-            with Staging(target) as staging:
+            with Staging(pack) as staging:
                 journal = _begin(checkpoint, plan, source, staging, resume, force)
                 if journal is not None:
-                    _Run(checkpoint, plan, staging, journal, progress or _silent).finish(source)
+                    _Run(checkpoint, plan, staging, journal, progress or _silent, fitting).finish(source)
                 staging.remove()
         except OSError as problem:
-            raise _write_error(target, problem) from problem
-    return target
+            raise _write_error(pack, problem) from problem
+    return pack
 
 
 def staging_directory(dst: str | os.PathLike[str]) -> Path:
@@ -169,6 +204,7 @@ class _Run:
     staging: Staging
     journal: Journal
     progress: Progress
+    fitting: Progress | None
     _name: str = ""  # the file being written
     _done: int = 0
     _total: int = 0
@@ -176,10 +212,17 @@ class _Run:
     def finish(self, source: dict[str, str]) -> None:
         """Writes what is missing and publishes. `source` is the fingerprint that was checked at the start."""
         if self.journal.digest is None or _digest(self.staging.pack) != self.journal.digest:
+            self._fit()
             self._write_files()
             self._check_unchanged(source)
             self._write_manifest()
         self.staging.publish()
+
+    def _fit(self) -> None:
+        """In tier predict: the predictor first, so that the size of every file is known."""
+        if self.plan.recipe is not None:
+            directory, work = self.checkpoint.directory, self.staging.calibration
+            self.plan = replace(self.plan, predictor=fit(self.plan.recipe, directory, work, self.fitting))
 
     def _write_files(self) -> None:
         sizes = self.plan.sizes
@@ -209,6 +252,9 @@ class _Run:
             elif small := self.plan.small_files().get(name):
                 file.write(small())
                 self._advance(file.digest.bytes)
+            elif name == PREDICTOR:
+                assert self.plan.predictor is not None
+                write_predictor(self.plan.predictor, file, self._advance)
             else:
                 write_records(self.checkpoint, self.plan, self._layer(name), file, self._advance)
             return file.finish()
@@ -217,7 +263,7 @@ class _Run:
         return next(layer for layer in range(self.plan.model.layers) if flash_name(layer) == name)
 
     def _new_digest(self, name: str) -> FileDigest:
-        if name == RESIDENT:
+        if name in (RESIDENT, PREDICTOR):
             return resident_digest()
         return FileDigest() if name in self.plan.small_files() else flash_digest(self.plan.record.stride)
 

@@ -6,11 +6,14 @@ Pure arithmetic on headers and the configuration: no weights are read, nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from converter.predict import Fitted, make_recipe
+from converter.predict_fit import Recipe
+from converter.predict_options import PredictOptions
 from converter.source import Checkpoint, SourceTensor
 from converter.tensors import canonical, check_tensors
 from flashsparse.errors import CheckpointError, UnsupportedModelError, UsageError
@@ -26,25 +29,26 @@ from flashsparse.models.tensors import (
     stored_as,
 )
 from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
-from flashsparse.pack.manifest import CONFIG, RESIDENT, FileEntry, Manifest, canonical_json
+from flashsparse.pack.manifest import CONFIG, PREDICTOR, RESIDENT, FileEntry, Manifest, canonical_json
 from flashsparse.pack.safetensors import ALIGN, header_bytes, shape_bytes, storage_order
 
 BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
-TIERS = ("auto", "exact", "dense")
+TIERS = ("auto", "exact", "predict", "dense")
 GATES = ("full",)
 EMBEDDING_BITS = 8  # embeddings and head lose more than other matrices below 8 bits
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the user chose. `tier` may be auto; `activation` overrides the configuration's."""
+    """What the user chose. `tier` may be auto; `activation` overrides the configuration's; `predict` is its tier's."""
 
     bits: int = 16
     group_size: int = 64
     tier: str = "auto"
     gate: str = "full"
     activation: str | None = None
+    predict: PredictOptions | None = None
 
     def __post_init__(self) -> None:
         choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES}
@@ -56,7 +60,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion with every choice made. `sources` are the checkpoint's tensors by canonical name."""
+    """A conversion with every choice made. `sources` are the checkpoint's tensors by canonical name.
+
+    In tier predict `recipe` says how the predictor is made, and `predictor` is None until it is there.
+    """
 
     model: NormalizedModel
     tier: str
@@ -65,6 +72,13 @@ class Plan:
     sources: Mapping[str, SourceTensor]
     shapes: Mapping[str, tuple[int, ...]]
     copies: tuple[Path, ...]
+    recipe: Recipe | None = None
+    predictor: Fitted | None = None
+
+    @property
+    def gate(self) -> str:
+        """Where the scoring matrix is: "full", resident, or "none", in the records."""
+        return "full" if self.tier == "exact" or (self.recipe and self.recipe.score == "gate") else "none"
 
     @property
     def records(self) -> int:
@@ -83,7 +97,9 @@ class Plan:
     def record(self) -> Record:
         model, names = self.model, record_tensors(self.model.family, 0)
         biases = names.get("gate_bias") in self.shapes, names["up_bias"] in self.shapes
-        return record_layout(model.gated, self.tier, model.hidden_size, self.source_dtype, self.quant, *biases)
+        return record_layout(
+            model.gated, self.tier, model.hidden_size, self.source_dtype, self.quant, *biases, self.gate
+        )
 
     def record_sources(self, layer: int) -> dict[str, SourceTensor]:
         """Field of a record -> the tensor it comes from, in the record's order."""
@@ -127,7 +143,9 @@ class Plan:
         sizes = {CONFIG: len(self.config_text)} | {path.name: path.stat().st_size for path in self.copies}
         sizes |= {flash_name(n): ALIGN + self.records * self.record.stride for n in range(self.model.layers)}
         resident = sum(shape_bytes(*tensor) for tensor in self.resident_tensors.values())
-        return sizes | {RESIDENT: len(header_bytes(self.resident_tensors)) + resident}
+        sizes |= {RESIDENT: len(header_bytes(self.resident_tensors)) + resident}
+        predictor = 0 if self.predictor is None else self.predictor.file_bytes
+        return sizes | ({PREDICTOR: predictor} if predictor else {})
 
     def manifest(self, path: Path, files: Mapping[str, FileEntry]) -> Manifest:
         model = self.model
@@ -135,7 +153,7 @@ class Plan:
             path=path,
             family=model.family,
             tier=self.tier,
-            gate="full" if self.tier == "exact" else "none",
+            gate=self.gate,
             gated=model.gated,
             activation=model.activation,
             layers=model.layers,
@@ -151,6 +169,7 @@ class Plan:
             record=self.record,
             prefill_chunk=default_prefill_chunk(model.hidden_size),
             files=dict(files),
+            predictor=None if self.predictor is None else self.predictor.spec,
         )
 
     def choices(self) -> dict[str, Any]:
@@ -160,7 +179,7 @@ class Plan:
             "group-size": self.quant.group_size if self.quant else None,
             "tier": self.tier,
             "activation": vars(self.model.activation),
-        }
+        } | ({} if self.recipe is None else self.recipe.options.choices())
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -186,9 +205,17 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         shapes=shapes,
         copies=tuple(checkpoint.copies()),
     )
+    if options.predict is not None:
+        plan = _predicting(plan, options.predict, options.activation)
     _check_record_types(plan)
     _check_groups(plan)
     return plan
+
+
+def _predicting(plan: Plan, options: PredictOptions, activation: str | None) -> Plan:
+    """The plan with its recipe, which knows what a layer takes with the gate among the records."""
+    recipe = make_recipe(options, plan.model, plan.records * plan.record.bytes, activation)
+    return replace(plan, recipe=recipe)
 
 
 def _tier(asked: str, model: NormalizedModel) -> str:

@@ -1,6 +1,7 @@
 """The staging directory of a conversion and how a finished pack takes its place.
 
-`.NAME.partial` beside the destination holds `lock`, `journal.jsonl` and `pack/`. Readers of the destination see the old
+`.NAME.partial` beside the destination holds `lock`, `journal.jsonl`, `pack/`, and `calibration/` for
+tier predict. Readers of the destination see the old
 pack or the new one: directories are exchanged in one step, or renamed one after the other where that is impossible.
 """
 
@@ -40,6 +41,7 @@ class Staging:
         self.path = staging_path(dst)
         self.pack = self.path / "pack"
         self.journal = self.path / "journal.jsonl"
+        self.calibration = self.path / "calibration"
         self._lock = -1
 
     def __enter__(self) -> Staging:
@@ -81,7 +83,7 @@ class Staging:
     def clear(self) -> None:
         """Removes the work of an earlier conversion; the journal goes first, so that nothing half gone is resumed."""
         self.journal.unlink(missing_ok=True)
-        for name in ("pack", "old"):
+        for name in ("pack", "old", "calibration"):
             remove_tree(self.path / name)
 
     def start(self) -> None:

@@ -14,7 +14,7 @@ from flashsparse.pack.checks import Node
 
 SCORES = ("gate_copy", "gate_up_copy", "low_rank", "gate")
 SELECTIONS = ("threshold", "topk", "topk_and_threshold")
-TARGETS = ("value_recall", "recall", "density", "ppl_ratio", "thresholds", "none")
+TARGETS = ("value_recall", "recall", "density", "density_ratio", "ppl_ratio", "thresholds", "none")
 COPY_BITS = (1, 2, 3, 4)
 COPY_GROUPS = (32, 64, 128)
 MAX_FLOAT32 = 3.4028234663852886e38
