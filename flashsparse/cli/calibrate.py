@@ -78,7 +78,7 @@ def calibrate(
 
     directory = out or Path(f"{Path(src).expanduser().resolve().name}-calibration")
     try:
-        with _progress() as progress:
+        with walk_progress() as progress:
             run(
                 src,
                 texts,
@@ -126,7 +126,7 @@ def _row(number: int, layer: dict[str, Any]) -> tuple[str, ...]:
 
 
 @contextmanager
-def _progress() -> Iterator[Progress]:
+def walk_progress() -> Iterator[Progress]:
     """A bar on a terminal, one line per layer otherwise, both with the time left and on standard error."""
     if not sys.stderr.isatty():
         yield _Lines()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
+
+from flashsparse.cli.convert_predict import predict_options, predictor_summary, tokens_note
 
 if TYPE_CHECKING:
     from converter.convert import Progress
@@ -38,10 +40,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 )
 @click.option(
     "--tier",
-    type=click.Choice(["auto", "exact", "dense"]),
+    type=click.Choice(["auto", "exact", "predict", "dense"]),
     default="auto",
     show_default=True,
-    help="How layers decide what to read; auto: exact for relu activations, dense for silu.",
+    help="How layers decide what to read; auto: exact for relu activations, dense for silu; predict: some neurons.",
 )
 @click.option(
     "--gate",
@@ -56,6 +58,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
     default=None,
     help="silu, relu, relu2, fatrelu:THRESHOLD or drelu, in place of the configuration's.  [default: config.json's]",
 )
+@predict_options
 @click.option("--resume", is_flag=True, help="Continue a conversion that was stopped, if any.  [default: off]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there, at the end.  [default: off]")
 def convert(
@@ -68,6 +71,7 @@ def convert(
     activation: str | None,
     resume: bool,
     force: bool,
+    **predict: Any,
 ) -> None:
     """Convert a checkpoint to a pack.
 
@@ -77,7 +81,7 @@ def convert(
     from flashsparse.pack.manifest import Manifest
 
     try:
-        with _progress() as progress:
+        with _Stages() as stages:
             pack = run(
                 src,
                 dst,
@@ -88,11 +92,16 @@ def convert(
                 activation=activation,
                 resume=resume,
                 force=force,
-                progress=progress,
+                progress=stages.writing,
+                fitting=stages.fitting,
+                **predict,
             )
     except KeyboardInterrupt:
         _interrupted(dst)
-    for line in summary(Manifest.load(pack)):
+    manifest = Manifest.load(pack)
+    if note := tokens_note(manifest, predict["calibrate_tokens"]):
+        click.echo(note, err=True)
+    for line in summary(manifest):
         click.echo(line)
 
 
@@ -103,6 +112,37 @@ def _interrupted(dst: Path) -> None:
     kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if staging.exists() else ""
     click.echo(f"Interrupted{kept}.", err=True)
     sys.exit(INTERRUPTED)
+
+
+class _Stages:
+    """Progress of both stages, one shown at a time: fitting a predictor, by tokens, and writing files, by bytes."""
+
+    def __init__(self) -> None:
+        self._shown = ExitStack()
+        self._stage = ""
+        self._tell: Progress | None = None
+
+    def __enter__(self) -> _Stages:
+        self._show("writing")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._shown.close()
+
+    def fitting(self, what: str, done: int, total: int) -> None:
+        self._show("fitting")(what, done, total)
+
+    def writing(self, file: str, done: int, total: int) -> None:
+        self._show("writing")(file, done, total)
+
+    def _show(self, stage: str) -> Progress:
+        from flashsparse.cli.calibrate import walk_progress
+
+        if self._tell is None or stage != self._stage:
+            self._shown.close()
+            self._tell = self._shown.enter_context(walk_progress() if stage == "fitting" else _progress())
+            self._stage = stage
+        return self._tell
 
 
 @contextmanager
@@ -150,14 +190,16 @@ def summary(manifest: Manifest) -> list[str]:
         codec = f"{quant.bits} bits in groups of {quant.group_size}, from {manifest.source_dtype}"
     origin = "config.json" if activation.source == "config" else "--activation"
     param = "" if activation.param is None else f":{activation.param:g}"
-    resident = manifest.files[manifest.resident_path.name].bytes
+    files = (manifest.resident_path, manifest.predictor_path)
+    resident = sum(manifest.files[path.name].bytes for path in files if path.name in manifest.files)
     return [
         f"{manifest.path}",
-        f"tier        {manifest.tier}" + (f", gate {manifest.gate}" if manifest.tier == "exact" else ""),
+        f"tier        {manifest.tier}" + (f", gate {manifest.gate}" if manifest.gate == "full" else ""),
         f"activation  {activation.name}{param} (from {origin})",
         f"weights     {codec}",
         f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",
         f"record      {record.bytes} bytes, stride {record.stride}",
+        *predictor_summary(manifest),
         *(_direct_reads(manifest, sector) for sector in SECTORS),
     ]
 
