@@ -10,13 +10,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from converter.predictors.compensate import DAMPING, compensated_rows
+from converter.predictors.compensated import quantize_compensated
 from converter.predictors.low_rank import Moments, input_covariance
 from converter.predictors.products import matmul
 from flashsparse.sparsity.low_bit import LowBit, check_layout, quantize_rows
 from flashsparse.sparsity.selection import scores_from_gate, scores_from_gate_up
 
 Inputs = Moments | np.ndarray | None
+_MEAN_KEPT = 0.01  # of the mean's power where a bias takes up its error: other text has a slightly different mean
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def fit_gate_copy(
     """The low-bit copy of gate [I, d].
 
     `inputs` are the FFN inputs' moments from calibration text, with which rounding errors are made to cancel (see
-    `compensate`; a gate's bias then takes up what is left on average), or only their E[x_j^2] [d], which weighs the
+    `compensated`; a gate's bias then takes up what is left on average), or only their E[x_j^2] [d], which weighs the
     errors; None: all weights count alike. Without `compensate` moments only weigh. Raises UsageError for a layout that
     does not fit d.
     """
@@ -93,10 +94,12 @@ def _fit(
     if not compensate:
         return quantize_rows(weight, bits, group, inputs.importance()), _vector(bias)
     check_layout(weight.shape[1], bits, group)  # before the costly part
-    copy = compensated_rows(weight, bits, group, input_covariance(inputs, bias is not None, DAMPING))
+    moment = input_covariance(inputs, False, 0.0)
     if bias is None:
-        return copy, None
+        return quantize_compensated(weight, bits, group, moment), None
     mean = (inputs.x / inputs.tokens).astype(np.float32)
+    moment -= (1 - _MEAN_KEPT) * np.outer(mean, mean)
+    copy = quantize_compensated(weight, bits, group, moment)
     return copy, _vector(bias + weight @ mean - _dense_times(copy, mean))
 
 
