@@ -17,7 +17,7 @@ from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
 from converter.plan import Options, Plan, make_plan
-from converter.predict import fit, write_predictor
+from converter.predict import check_texts, fit, write_predictor
 from converter.predict_options import given, predict_options
 from converter.publish import Staging, check_replaceable, check_space, staging_path
 from converter.resident import write_resident
@@ -91,6 +91,8 @@ def convert(
     with open_checkpoint(find_source(src)) as checkpoint:
         plan = make_plan(checkpoint, options)
         source = checkpoint.fingerprint()
+        if plan.recipe is not None:
+            check_texts(plan.recipe, checkpoint.directory)
         try:
             with Staging(pack) as staging:
                 journal = _begin(checkpoint, plan, source, staging, resume, force)

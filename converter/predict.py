@@ -18,8 +18,9 @@ from converter.calibration_files import layer_path, write_layer
 from converter.disk import OutputFile
 from converter.model import LayerWeights, Model, open_model
 from converter.predict_fit import RESULT, LayerResult, LayerTokens, Recipe, fit_layer
-from converter.predict_options import SCORES, PredictOptions
+from converter.predict_options import COPIES, SCORES, PredictOptions
 from converter.predict_target import Tensors, meet_density_ratio, meet_ppl_ratio
+from converter.predictors.low_rank import check_rank
 from converter.predictors.powerinfer import Imported, load_imported
 from converter.text import read_ids
 from converter.walk import Block, Progress, windows_of
@@ -30,6 +31,7 @@ from flashsparse.pack.predictor import check_predictor
 from flashsparse.pack.safetensors import Header, header_bytes, read_header, read_tensor, shape_bytes, storage_order
 from flashsparse.sparsity.activations import has_zeros
 from flashsparse.sparsity.calibration import TENSORS
+from flashsparse.sparsity.low_bit import fitting_group
 from flashsparse.sparsity.spec import LayerSpec, PredictorSpec, Shape, Stored, predictor_tensors
 from flashsparse.sparsity.texts import texts_sha256
 from flashsparse.sparsity.thresholds_file import ModelShape, Thresholds, read_thresholds
@@ -75,6 +77,10 @@ def make_recipe(options: PredictOptions, model: NormalizedModel, layer_bytes: in
             f"--tier predict: {model.activation.name} has no zeros that would tell which neurons count; give a text "
             "with --calibrate FILE, or thresholds with --thresholds FILE"
         )
+    if kind in COPIES:
+        fitting_group(model.hidden_size)
+    if isinstance(options.rank, int):
+        check_rank(options.rank, model.hidden_size, model.intermediate_size)
     return Recipe(
         options,
         kind,
@@ -111,6 +117,13 @@ def _imported(path: Path, model: NormalizedModel) -> Imported:
             "cannot be folded into them; expected a model with RMSNorm, or use --predictor"
         )
     return load_imported(path, model.layers, model.hidden_size, model.intermediate_size)
+
+
+def check_texts(recipe: Recipe, source: Path) -> None:
+    """Reads the texts once, before there is anything to go on with. Raises UsageError or CheckpointError."""
+    if recipe.options.texts:
+        with open_model(source, recipe.override) as model:
+            _Texts.read(recipe.options, model)
 
 
 def fit(recipe: Recipe, source: Path, work: Path, progress: Progress | None) -> Fitted:
@@ -163,8 +176,15 @@ class _Texts:
     def read(options: PredictOptions, model: Model) -> _Texts:
         """A perplexity ratio is measured on the last tokens of each text, which nothing is fitted to."""
         length = min(WINDOW, model.context) if options.window is None else options.window
+        if length > model.context:
+            raise UsageError(f"--calibrate-window: found {length}, expected at most {model.context}, the context")
         tokenizer, asked = model.tokenizer(), options.tokens
         ids = read_ids(tokenizer, options.texts, asked)
+        if sum(map(len, ids)) < min(length, asked):
+            raise UsageError(
+                f"--calibrate: the texts hold {sum(map(len, ids))} tokens, expected at least one window of {length}; "
+                "give more text, or a smaller --calibrate-window"
+            )
         judged: list[np.ndarray] = []
         if options.target == "ppl_ratio":
             total = sum(map(len, ids))
@@ -295,7 +315,7 @@ def published(recipe: Recipe, source: Path, found: Manifest) -> tuple[str, Fitte
     for index, layer in enumerate(spec.layers):
         if not layer.every and (layer.bits, layer.rank) not in recipe.sizes and recipe.imported is None:
             return f"predictor.layers[{index}]: found {layer.bits or layer.rank} bits or rank, expected another", None
-        if options.target is None and layer.threshold != recipe.boundary(index):
+        if options.target is None and not layer.every and layer.threshold != recipe.boundary(index):
             return f"predictor.layers[{index}].threshold: found {layer.threshold}, expected another", None
     if not spec.has_tensors:
         return "", Fitted(spec, {}, {})

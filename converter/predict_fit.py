@@ -38,6 +38,7 @@ GRID = (0.01, *np.linspace(0.05, 0.85, 17).tolist(), *(1 - np.geomspace(0.125, 1
 SMALLEST = float(np.finfo(np.float32).tiny)  # what a score must reach where a threshold of 0 would let zeros pass
 RESULT = "predictor"  # name of the tensor with a layer's facts
 RANK_SHARES = (16, 8, 4, 2)  # of the hidden size, tried for --predictor-rank auto
+WHOLE = LayerSpec(every=True, density=1.0, value_recall=1.0, recall=1.0)
 Fit = Copies | LowRank | None  # None: the exact gate
 
 
@@ -198,15 +199,21 @@ def fit_layer(
         assert tokens is not None
         chosen = _choose_size(recipe, layer, weights, tokens)
         if chosen.every:
-            whole = LayerSpec(every=True, density=1.0, value_recall=1.0, recall=1.0)
-            return {}, LayerResult(whole, float(tokens.sample.active.mean(dtype=np.float64)))
+            return {}, LayerResult(WHOLE, _density(tokens.sample))
         bits, rank = chosen.bits, chosen.rank
     fit = _fit(recipe, layer, weights, tokens, bits, rank)
     spec = _form(fit)
     tensors = {} if fit is None else fit.tensors()
     if tokens is None:
         return tensors, LayerResult(replace(spec, threshold=recipe.boundary(layer)))
-    return tensors, _selected(recipe, layer, spec, scores(recipe, fit, tokens.sample), tokens.sample)
+    result = _selected(recipe, layer, spec, scores(recipe, fit, tokens.sample), tokens.sample)
+    if tensors and result.spec.density == 1:  # what lets everything pass is not worth its bytes
+        return {}, replace(result, spec=WHOLE)
+    return tensors, result
+
+
+def _density(sample: Sample) -> float:
+    return float(sample.active.mean(dtype=np.float64))
 
 
 def scores(recipe: Recipe, fit: Fit, sample: Sample) -> np.ndarray:
@@ -220,7 +227,7 @@ def scores(recipe: Recipe, fit: Fit, sample: Sample) -> np.ndarray:
 
 def _selected(recipe: Recipe, layer: int, spec: LayerSpec, found: np.ndarray, sample: Sample) -> LayerResult:
     """The layer's threshold or k; for targets over all layers a curve of them."""
-    options, true_density = recipe.options, float(sample.active.mean(dtype=np.float64))
+    options, true_density = recipe.options, _density(sample)
     if options.target in ("density_ratio", "ppl_ratio"):
         return LayerResult(spec, true_density, _curve(options.selection, found, sample))
     if options.target is None:
