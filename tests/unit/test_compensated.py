@@ -162,9 +162,8 @@ def test_the_result_does_not_depend_on_blocks_of_rows_or_the_run(monkeypatch: py
     assert np.array_equal(whole.words, again.words) and np.array_equal(whole.scales, again.scales)
     monkeypatch.setattr("converter.predictors.compensated._ELEMENTS", 17 * D)
     split = quantize_compensated(weight, 3, 32, moment)
-    metric = damped(moment)
-    np.testing.assert_allclose(errors(weight, split, metric), errors(weight, whole, metric), rtol=0.2)
-    assert np.array_equal(split.words, whole.words) or (split.words == whole.words).mean() > 0.8  # BLAS rounds by shape
+    metric = damped(moment)  # BLAS rounds by shape: a tie may go the other way
+    assert errors(weight, split, metric).sum() == pytest.approx(errors(weight, whole, metric).sum(), rel=0.02)
 
 
 def test_rows_not_a_multiple_of_the_block_of_columns() -> None:
