@@ -28,6 +28,7 @@ from flashsparse.sparsity.spec import LayerSpec
 EVALUATIONS = "evaluations.json"
 MOST_NINES = 4.0  # the strictest value recall tried is 1 - 10 ** -4
 LEAST_NINES = 0.3
+JUMP = 0.15  # of the density between two points of a curve: a mass of equal scores, which no threshold divides
 STEP_NINES = 0.015  # of the bisection: with both ends at most ten walks
 Tensors = Mapping[str, Header]  # name -> the file that has it
 
@@ -44,6 +45,8 @@ def _between(curve: Sequence[Calibrated], recall: float) -> Calibrated:
     below = max(above - 1, 0)
     width = GRID[above] - GRID[below]
     share = 1.0 if width == 0 else min(max((recall - GRID[below]) / width, 0.0), 1.0)
+    if curve[above].density - curve[below].density > JUMP:
+        return curve[above] if share == 1 else curve[below]
 
     def mean(name: str) -> float:
         low, high = getattr(curve[below], name), getattr(curve[above], name)
@@ -61,12 +64,16 @@ def meet_density_ratio(results: Sequence[LayerResult], ratio: float) -> list[Lay
     The nearest that is possible where the densities reach neither as low nor as high.
     """
     wanted = ratio * float(np.mean([result.true_density for result in results]))
+
+    def density(recall: float) -> float:
+        return float(np.mean([at_recall(result, recall).calibrated_density for result in results]))
+
     low, high = GRID[0], GRID[-1]
     for _ in range(50):
         middle = (low + high) / 2
-        found = np.mean([at_recall(result, middle).calibrated_density for result in results])
-        low, high = (middle, high) if found < wanted else (low, middle)
-    return [at_recall(result, high) for result in results]
+        low, high = (middle, high) if density(middle) < wanted else (low, middle)
+    nearer = min((low, high), key=lambda recall: abs(density(recall) - wanted))
+    return [at_recall(result, nearer) for result in results]
 
 
 def meet_ppl_ratio(

@@ -210,6 +210,9 @@ def test_curves_are_met_between_their_points() -> None:
     low, whole = meet_density_ratio(results, 1.0)  # (0.2 + 1) / 2 = 0.6
     assert whole.every and low.density == pytest.approx(0.2, abs=1e-3)
     assert meet_density_ratio(results, 9.0)[0].density == pytest.approx(1.0)
+    tied = tuple(replace(point, density=1.0 if point.value_recall > 0.7 else 0.2) for point in curve)
+    assert at_recall(LayerResult(LayerSpec(), 0.4, tied), 0.72).density == 0.2
+    assert meet_density_ratio([LayerResult(LayerSpec(), 0.4, tied)], 1.0)[0].density == 0.2
     assert LayerResult.from_tensor(results[0].to_tensor()) == results[0]
 
 
