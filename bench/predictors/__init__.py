@@ -1,0 +1,1 @@
+"""What predictors cost and keep, on a real checkpoint: the whole frontier, top-k against threshold, prefetch hints."""

@@ -1,0 +1,195 @@
+"""`python -m bench.predictors CHECKPOINT --calibrate FILE --text FILE --out DIR`: the frontier of a checkpoint.
+
+Prints tables and writes them as JSON beside two pictures. Fits see the calibration text only, every figure is measured
+on the other one; all layers are masked at once, masked neurons are removed before the down projection.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench.predictors import draw
+from bench.predictors.data import Judge, LayerData, Outcome, collect, text_windows
+from bench.predictors.fits import Fitted, default_copy, fits
+from bench.predictors.hints import measure_hints
+from converter.model import Model, open_model
+from converter.predictors.thresholds import Calibrated, calibrate
+from flashsparse.sparsity.selection import select
+from flashsparse.sparsity.texts import file_sha256
+
+SHARES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.5)  # of the true density
+RECALLS = (0.9, 0.95, 0.98, 0.99)
+STEPS = 10  # of the search for the common value recall of a density
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One rule per layer, calibrated: what a pack's manifest would hold."""
+
+    selection: str
+    layers: tuple[Calibrated, ...]
+
+    @property
+    def density(self) -> float:
+        return float(np.mean([layer.density for layer in self.layers]))
+
+
+class Bench:
+    """One checkpoint with its calibration data and its judge."""
+
+    def __init__(self, model: Model, data: Sequence[LayerData], judge: Judge) -> None:
+        self.model, self.data, self.judge = model, data, judge
+        self.true_density = float(np.mean([layer.density for layer in data]))
+        self._scores: tuple[str, list[np.ndarray]] = ("", [])
+
+    def scores(self, fitted: Fitted) -> list[np.ndarray]:
+        """Its scores on the calibration sample; the last predictor's are kept."""
+        if self._scores[0] != fitted.name:
+            pairs = zip(fitted.layers, self.data, strict=True)
+            self._scores = fitted.name, [scorer(layer.x) for scorer, layer in pairs]
+        return self._scores[1]
+
+    def at_recall(self, fitted: Fitted, goal: float, selection: str = "threshold") -> Setting:
+        pairs = zip(self.scores(fitted), self.data, strict=True)
+        found = (calibrate(s, d.values, d.active, "value_recall", goal, selection) for s, d in pairs)
+        return Setting(selection, tuple(found))
+
+    def at_density(self, fitted: Fitted, density: float, selection: str = "threshold") -> Setting:
+        """The common value recall with which the layers' mean density is at most `density` on the calibration text."""
+        low, high = 0.0, 1.0
+        best: Setting | None = None
+        for _ in range(STEPS):
+            middle = (low + high) / 2
+            found = self.at_recall(fitted, middle, selection)
+            if found.density <= density:
+                low, best = middle, found
+            else:
+                high = middle
+        return best or self.at_recall(fitted, 1e-6, selection)
+
+    def run(self, fitted: Fitted, setting: Setting) -> Outcome:
+        def chosen(layer: int, x: np.ndarray) -> np.ndarray:
+            at = setting.layers[layer]
+            return select(fitted.layers[layer](x), setting.selection, at.threshold, at.k)
+
+        return self.judge.run(chosen)
+
+
+def row(fitted: Fitted, what: str, goal: float, setting: Setting, outcome: Outcome) -> dict[str, Any]:
+    counts = outcome.counts
+    return {
+        "predictor": fitted.name,
+        "predictor_share": fitted.share,
+        "trained": fitted.trained,
+        "selection": setting.selection,
+        "target": what,
+        "goal": goal,
+        "density": counts.density,
+        "true_density": counts.true_density,
+        "of_true": counts.density / counts.true_density if counts.true_density else None,
+        "recall": counts.recall,
+        "precision": counts.precision,
+        "value_recall": outcome.value_recall,
+        "perplexity_change_percent": outcome.change,
+        "standard_error": outcome.error,
+        "density_per_layer": [layer.density for layer in outcome.per_layer],
+    }
+
+
+def frontier(bench: Bench, every: Sequence[Fitted], shares: Sequence[float]) -> list[dict[str, Any]]:
+    rows = []
+    for fitted in every:
+        for share in shares:
+            setting = bench.at_density(fitted, share * bench.true_density)
+            rows.append(row(fitted, "density_ratio", share, setting, bench.run(fitted, setting)))
+            show(rows[-1])
+    return rows
+
+
+def targets(bench: Bench, every: Sequence[Fitted]) -> list[dict[str, Any]]:
+    rows = []
+    for fitted in every:
+        for goal in RECALLS:
+            setting = bench.at_recall(fitted, goal)
+            rows.append(row(fitted, "value_recall", goal, setting, bench.run(fitted, setting)))
+            show(rows[-1])
+    return rows
+
+
+def rules(bench: Bench, fitted: Fitted) -> list[dict[str, Any]]:
+    """Top-k or threshold: the same scores under each rule, at the same mean densities."""
+    rows = []
+    for share in (0.65, 1.0, 1.5):
+        for selection in ("threshold", "topk", "topk_and_threshold"):
+            setting = bench.at_density(fitted, share * bench.true_density, selection)
+            rows.append(row(fitted, "density_ratio", share, setting, bench.run(fitted, setting)))
+            show(rows[-1])
+    return rows
+
+
+def show(r: dict[str, Any]) -> None:
+    print(
+        f"{r['predictor']:<44} {100 * r['predictor_share']:6.2f} %  {r['selection']:<18} {r['target']} {r['goal']:<5g} "
+        f"density {100 * r['density']:5.1f} % ({r['of_true'] or 0:4.2f} of true)  recall {100 * r['recall']:5.1f} %  "
+        f"value {100 * r['value_recall']:5.1f} %  perplexity {r['perplexity_change_percent']:+8.2f} % "
+        f"(s.e. {r['standard_error']:.2f})",
+        flush=True,
+    )
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.predictors", description=__doc__)
+    parser.add_argument("checkpoint", help="a checkpoint directory or pack")
+    parser.add_argument("--calibrate", type=Path, required=True, help="text to fit and calibrate on")
+    parser.add_argument("--text", type=Path, required=True, help="other text, to judge on")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the pictures and figures")
+    parser.add_argument("--label", default="", help="name of the model in the pictures")
+    parser.add_argument("--fit-tokens", type=int, default=16384, help="calibration tokens")
+    parser.add_argument("--sample", type=int, default=4096, help="of which thresholds and training see this many")
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens judged")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
+    parser.add_argument("--epochs", type=int, default=20, help="of Deja Vu's training; 0: no trained predictors")
+    parser.add_argument("--only-default", action="store_true", help="the default predictor alone")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    if file_sha256(args.calibrate) == file_sha256(args.text):
+        raise SystemExit(f"{args.text}: the text to judge on is the calibration text; give another")
+    args.out.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with open_model(args.checkpoint) as model:
+        data = collect(model, text_windows(model, args.calibrate, args.fit_tokens, args.window), args.sample)
+        judge = Judge(model, text_windows(model, args.text, args.tokens, args.window))
+        bench = Bench(model, data, judge)
+        densities = " ".join(f"{100 * layer.density:.1f}" for layer in data)
+        print(f"dense perplexity {np.exp(judge.dense.mean()):.3f}; true density per layer {densities} %", flush=True)
+        usual = default_copy(model, data)
+        every = [usual] if args.only_default else list(fits(model, data, args.ranks, args.epochs))
+        result = {
+            "model": args.label or str(Path(args.checkpoint).name),
+            "dense_perplexity": float(np.exp(judge.dense.mean())),
+            "tokens": len(judge.dense),
+            "true_density_per_layer": [layer.density for layer in data],
+            "frontier": frontier(bench, every, SHARES),
+            "targets": targets(bench, [usual]),
+            "rules": rules(bench, usual),
+            "hints": [] if args.only_default else measure_hints(model, data, bench.at_recall(usual, 0.98), usual),
+        }
+    (args.out / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw.frontier(result, args.out / "frontier.png")
+    print(f"{time.monotonic() - began:.0f} s; wrote {args.out / 'frontier.json'} and frontier.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""What a frontier is measured on: each layer's inputs and values on calibration text, and masked runs on other text.
+
+Holds the calibration sample of every layer in memory, so this is for models of a few hundred million parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from converter.model import LayerWeights, Model
+from converter.predictors.low_rank import Moments
+from converter.text import read_ids
+from converter.walk import Block, OnLayer, Visit, losses, walk, windows_of
+from flashsparse.sparsity.activations import active
+from flashsparse.sparsity.selection import Confusion, confusion
+
+Select = Callable[[int, np.ndarray], np.ndarray]  # (layer, FFN inputs [t, d]) -> bool [t, I]
+
+
+@dataclass
+class LayerData:
+    """One layer on the calibration text: T tokens. `before` [T, d] enters the layer, `x` [T, d] enters its FFN."""
+
+    weights: LayerWeights
+    norms: np.ndarray
+    moments: Moments
+    before: np.ndarray
+    x: np.ndarray
+    gate: np.ndarray
+    hidden: np.ndarray
+    active: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """|h| * ||down column||, [T, I]."""
+        return np.abs(self.hidden) * self.norms
+
+    @property
+    def density(self) -> float:
+        """Share of the neurons that are truly active."""
+        return float(self.active.mean())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A masked run against the dense one: the perplexity's change in percent, and its standard error in points."""
+
+    change: float
+    error: float
+    counts: Confusion
+    per_layer: tuple[Confusion, ...]
+    value_recall: float
+
+
+def text_windows(model: Model, path: Path, tokens: int, window: int) -> list[np.ndarray]:
+    """The first `tokens` tokens of a text, in windows."""
+    return windows_of(read_ids(model.tokenizer(), [path], tokens)[0], window)
+
+
+def collect(model: Model, windows: Sequence[np.ndarray], sample: int) -> list[LayerData]:
+    """Every layer on the calibration text; gates and values of `sample` tokens evenly spread, moments of all."""
+    gathered = _Gathered(model, sum(map(len, windows)), sample)
+    walk(model, windows, gathered.visit, on_layer=gathered.begin, on_done=gathered.end).close()
+    return gathered.layers
+
+
+class _Gathered:
+    def __init__(self, model: Model, tokens: int, sample: int) -> None:
+        self.model, self.layers = model, list[LayerData]()
+        self._stride = max(1, tokens // sample)
+        self._parts: list[list[np.ndarray]] = []
+
+    def begin(self, index: int, weights: LayerWeights) -> None:
+        empty = np.empty((0, 0), np.float32)
+        moments = Moments(self.model.hidden_size)
+        self.layers.append(LayerData(weights, weights.down_norms, moments, empty, empty, empty, empty, empty))
+        self._parts = [[] for _ in range(4)]
+
+    def visit(self, block: Block) -> None:
+        layer = self.layers[-1]
+        layer.moments.add(block.x)
+        for kept, values in zip(self._parts, (block.before, block.x, block.gate, block.hidden), strict=True):
+            kept.append(values[:: self._stride].copy())
+
+    def end(self, index: int) -> None:
+        layer = self.layers[index]
+        layer.before, layer.x, layer.gate, layer.hidden = (np.concatenate(part) for part in self._parts)
+        layer.active = active(self.model.activation.name, self.model.activation.param, layer.gate)
+
+
+class Judge:
+    """Runs the model on held-out text, dense once and then masked as often as asked."""
+
+    def __init__(self, model: Model, windows: Sequence[np.ndarray]) -> None:
+        self.model, self.windows = model, windows
+        self.dense = self._losses(None)
+
+    def run(self, select: Select) -> Outcome:
+        """Every layer masked at once, by sets named from that layer's own (already masked) input."""
+        counts = [Confusion() for _ in range(self.model.layers)]
+        kept, total = 0.0, 0.0
+        norms: list[np.ndarray] = []
+        name, param = self.model.activation.name, self.model.activation.param
+
+        def begin(index: int, weights: LayerWeights) -> None:
+            norms.append(weights.down_norms)
+
+        def visit(block: Block) -> np.ndarray:
+            nonlocal kept, total
+            chosen = select(block.layer, block.x)
+            counts[block.layer] += confusion(chosen, active(name, param, block.gate))
+            values = np.abs(block.hidden) * norms[block.layer]
+            kept += float(values.sum(where=chosen, dtype=np.float64))
+            total += float(values.sum(dtype=np.float64))
+            return chosen
+
+        found = self._losses(visit, begin)
+        difference = found - self.dense
+        ratio = float(np.exp(difference.mean()))
+        error = float(difference.std() / np.sqrt(len(difference)))
+        every = sum(counts, Confusion())
+        return Outcome(100 * (ratio - 1), 100 * error, every, tuple(counts), kept / total if total else 1.0)
+
+    def _losses(self, visit: Visit | None, begin: OnLayer | None = None) -> np.ndarray:
+        states = walk(self.model, self.windows, visit, on_layer=begin)
+        try:
+            return losses(self.model, states, self.windows)
+        finally:
+            states.close()

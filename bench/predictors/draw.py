@@ -1,0 +1,55 @@
+"""The frontier as a picture: quality against what is loaded, and against what is resident."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+FLOOR = 0.02  # percent: changes below this are drawn here
+
+
+def frontier(result: dict[str, Any], path: Path) -> None:
+    """Left: perplexity change against the density loaded. Right: against resident bytes, at two densities."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.4), constrained_layout=True, sharey=True)
+    names = list(dict.fromkeys(row["predictor"] for row in result["frontier"]))
+    for number, name in enumerate(names):
+        rows = [row for row in result["frontier"] if row["predictor"] == name]
+        style = _style(name, number)
+        left.plot([r["of_true"] for r in rows], [_change(r) for r in rows], label=name, **style)
+        for row in rows:
+            if row["goal"] in (0.65, 1.0) and row["predictor_share"]:
+                kept = {key: style[key] for key in ("color", "marker")}
+                size = 55 if row["goal"] == 1.0 else 18
+                right.scatter([100 * row["predictor_share"]], [_change(row)], s=size, **kept)
+    for axes in (left, right):
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    left.set_xlabel("neurons loaded, relative to those truly active")
+    left.set_ylabel("perplexity change, % (log scale; 0.02 and less at the bottom)")
+    left.legend(fontsize=7, ncols=2, loc="lower left")
+    right.set_xlabel("predictor's bytes, % of the FFN's in 16 bits")
+    right.set_title("resident cost: large marks load as many as are active, small ones 0.65 times", fontsize=9)
+    active = sum(result["true_density_per_layer"]) / len(result["true_density_per_layer"])
+    left.set_title(f"{result['model']}: {100 * active:.1f} % of the neurons are active", fontsize=9)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _change(row: dict[str, Any]) -> float:
+    return max(FLOOR, float(row["perplexity_change_percent"]))
+
+
+def _style(name: str, number: int) -> dict[str, Any]:
+    """Copies solid, low-rank dashed, the oracle black; a colour of its own each."""
+    import matplotlib
+
+    if name.startswith("oracle"):
+        return {"color": "black", "linestyle": ":", "marker": "", "linewidth": 1.5}
+    colour = matplotlib.colormaps["tab20"](number % 20)
+    copied = "cop" in name
+    return {"color": colour, "linestyle": "-" if copied else "--", "marker": "o" if copied else "s", "linewidth": 1.4}
