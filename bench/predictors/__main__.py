@@ -21,13 +21,42 @@ from bench.predictors.data import Judge, LayerData, Outcome, collect, text_windo
 from bench.predictors.fits import Fitted, default_copy, fits
 from bench.predictors.hints import measure_hints
 from converter.model import Model, open_model
-from converter.predictors.thresholds import Calibrated, calibrate
+from converter.predictors.thresholds import calibrate
 from flashsparse.sparsity.selection import select
 from flashsparse.sparsity.texts import file_sha256
 
 SHARES = (0.35, 0.5, 0.65, 0.8, 1.0, 1.5)  # of the true density
 RECALLS = (0.9, 0.95, 0.98, 0.99)
-STEPS = 10  # of the search for the common value recall of a density
+STEPS = 12  # of the search for the common value recall of a density
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What one layer selects by, and the density that it had on the calibration sample."""
+
+    threshold: float | None
+    k: int | None
+    density: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One layer's scores [T, I]; and sorted from the highest on, with the share of all value that they hold."""
+
+    scores: np.ndarray
+    ordered: np.ndarray
+    held: np.ndarray
+
+    @staticmethod
+    def of(scores: np.ndarray, layer: LayerData) -> Curve:
+        order = np.argsort(scores, axis=None)[::-1]
+        held = np.cumsum(layer.values.ravel()[order], dtype=np.float64)
+        return Curve(scores, scores.ravel()[order], held / held[-1])
+
+    def at(self, recall: float) -> Rule:
+        """The highest threshold with which `recall` of the value is kept; the same as converter's `calibrate` finds."""
+        last = min(int(np.searchsorted(self.held, recall)), len(self.held) - 1)
+        return Rule(float(self.ordered[last]), None, (last + 1) / len(self.held))
 
 
 @dataclass(frozen=True)
@@ -35,7 +64,7 @@ class Setting:
     """One rule per layer, calibrated: what a pack's manifest would hold."""
 
     selection: str
-    layers: tuple[Calibrated, ...]
+    layers: tuple[Rule, ...]
 
     @property
     def density(self) -> float:
@@ -48,19 +77,22 @@ class Bench:
     def __init__(self, model: Model, data: Sequence[LayerData], judge: Judge) -> None:
         self.model, self.data, self.judge = model, data, judge
         self.true_density = float(np.mean([layer.density for layer in data]))
-        self._scores: tuple[str, list[np.ndarray]] = ("", [])
+        self._for = ""  # the predictor whose curves these are
+        self._curves: list[Curve] = []
 
-    def scores(self, fitted: Fitted) -> list[np.ndarray]:
-        """Its scores on the calibration sample; the last predictor's are kept."""
-        if self._scores[0] != fitted.name:
+    def curves(self, fitted: Fitted) -> list[Curve]:
+        """What it selects of the calibration sample; the last predictor's are kept."""
+        if self._for != fitted.name:
             pairs = zip(fitted.layers, self.data, strict=True)
-            self._scores = fitted.name, [scorer(layer.x) for scorer, layer in pairs]
-        return self._scores[1]
+            self._for, self._curves = fitted.name, [Curve.of(scorer(layer.x), layer) for scorer, layer in pairs]
+        return self._curves
 
     def at_recall(self, fitted: Fitted, goal: float, selection: str = "threshold") -> Setting:
-        pairs = zip(self.scores(fitted), self.data, strict=True)
-        found = (calibrate(s, d.values, d.active, "value_recall", goal, selection) for s, d in pairs)
-        return Setting(selection, tuple(found))
+        pairs = zip(self.curves(fitted), self.data, strict=True)
+        if selection == "threshold":
+            return Setting(selection, tuple(curve.at(goal) for curve, _ in pairs))
+        found = (calibrate(c.scores, d.values, d.active, "value_recall", goal, selection) for c, d in pairs)
+        return Setting(selection, tuple(Rule(c.threshold, c.k, c.density) for c in found))
 
     def at_density(self, fitted: Fitted, density: float, selection: str = "threshold") -> Setting:
         """The common value recall with which the layers' mean density is at most `density` on the calibration text."""
@@ -99,6 +131,7 @@ def row(fitted: Fitted, what: str, goal: float, setting: Setting, outcome: Outco
         "precision": counts.precision,
         "value_recall": outcome.value_recall,
         "perplexity_change_percent": outcome.change,
+        "kl": outcome.kl,
         "standard_error": outcome.error,
         "density_per_layer": [layer.density for layer in outcome.per_layer],
     }
@@ -140,7 +173,8 @@ def show(r: dict[str, Any]) -> None:
         f"{r['predictor']:<44} {100 * r['predictor_share']:6.2f} %  {r['selection']:<18} {r['target']} {r['goal']:<5g} "
         f"density {100 * r['density']:5.1f} % ({r['of_true'] or 0:4.2f} of true)  recall {100 * r['recall']:5.1f} %  "
         f"value {100 * r['value_recall']:5.1f} %  perplexity {r['perplexity_change_percent']:+8.2f} % "
-        f"(s.e. {r['standard_error']:.2f})",
+        f"(s.e. {r['standard_error']:.2f})  "
+        f"KL {r['kl']:.2e}",
         flush=True,
     )
 
@@ -153,8 +187,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="directory for the pictures and figures")
     parser.add_argument("--label", default="", help="name of the model in the pictures")
     parser.add_argument("--fit-tokens", type=int, default=16384, help="calibration tokens")
-    parser.add_argument("--sample", type=int, default=4096, help="of which thresholds and training see this many")
-    parser.add_argument("--tokens", type=int, default=8192, help="tokens judged")
+    parser.add_argument("--sample", type=int, default=2048, help="of which thresholds and training see this many")
+    parser.add_argument("--tokens", type=int, default=6144, help="tokens judged")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=20, help="of Deja Vu's training; 0: no trained predictors")

@@ -18,6 +18,8 @@ from converter.walk import Block, OnLayer, Visit, losses, walk, windows_of
 from flashsparse.sparsity.activations import active
 from flashsparse.sparsity.selection import Confusion, confusion
 
+TOKENS = 512  # whose logits are held at once
+
 Select = Callable[[int, np.ndarray], np.ndarray]  # (layer, FFN inputs [t, d]) -> bool [t, I]
 
 
@@ -47,10 +49,14 @@ class LayerData:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A masked run against the dense one: the perplexity's change in percent, and its standard error in points."""
+    """A masked run against the dense one: the perplexity's change in percent, its standard error in points.
+
+    kl: KL(dense || masked), nats, mean over tokens; it also speaks for a model whose perplexity means nothing.
+    """
 
     change: float
     error: float
+    kl: float
     counts: Confusion
     per_layer: tuple[Confusion, ...]
     value_recall: float
@@ -97,7 +103,7 @@ class Judge:
 
     def __init__(self, model: Model, windows: Sequence[np.ndarray]) -> None:
         self.model, self.windows = model, windows
-        self.dense = self._losses(None)
+        self.dense, self._states = self._run(None)
 
     def run(self, select: Select) -> Outcome:
         """Every layer masked at once, by sets named from that layer's own (already masked) input."""
@@ -118,16 +124,32 @@ class Judge:
             total += float(values.sum(dtype=np.float64))
             return chosen
 
-        found = self._losses(visit, begin)
+        found, states = self._run(visit, begin)
         difference = found - self.dense
         ratio = float(np.exp(difference.mean()))
         error = float(difference.std() / np.sqrt(len(difference)))
         every = sum(counts, Confusion())
-        return Outcome(100 * (ratio - 1), 100 * error, every, tuple(counts), kept / total if total else 1.0)
+        share = kept / total if total else 1.0
+        return Outcome(100 * (ratio - 1), 100 * error, self._kl(states), every, tuple(counts), share)
 
-    def _losses(self, visit: Visit | None, begin: OnLayer | None = None) -> np.ndarray:
+    def _run(self, visit: Visit | None, begin: OnLayer | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Nats of every predicted token, and the last states [n, d]."""
         states = walk(self.model, self.windows, visit, on_layer=begin)
         try:
-            return losses(self.model, states, self.windows)
+            return losses(self.model, states, self.windows), np.concatenate(list(states))
         finally:
             states.close()
+
+    def _kl(self, states: np.ndarray) -> float:
+        total = 0.0
+        for start in range(0, len(states), TOKENS):
+            part = slice(start, start + TOKENS)
+            dense, masked = (log_softmax(self.model.logits(each[part])) for each in (self._states, states))
+            total += float((np.exp(dense) * (dense - masked)).sum(dtype=np.float64))
+        return total / len(states)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """float32 [n, V]"""
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
