@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from flashsparse.pack.manifest import canonical_json
 
@@ -19,6 +19,8 @@ VERSION = 1
 MAX_BYTES = 16 << 20
 _NEEDED = ("text_sha256", "window", "layers", "selected_bytes_per_token", "ffn_bytes", "dense_perplexity")
 _SHOWN = ("tokens", "perplexity", "recall", "predicted_density")
+_COMPARED = ("perplexity_ratio", "kl", "top1_agreement")  # beside `dense_perplexity`
+LARGEST = 1e300  # of a figure: larger ones are no floats, or not finite
 
 
 def write_quality(pack: Path, quality: dict[str, Any]) -> Path:
@@ -40,20 +42,37 @@ def read_quality(pack: Path, digest: str) -> tuple[dict[str, Any] | None, str | 
     try:
         if path.stat().st_size > MAX_BYTES:
             return None, f"{NAME} cannot be read: it is larger than {MAX_BYTES} bytes"
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
         if found["version"] != VERSION:
             return None, f"{NAME} is of version {found['version']}, this FlashSparse reads {VERSION}"
         if found["pack"] != digest:
             return None, f"{NAME} is of another pack; run `flashsparse eval` again"
-        if not all(isinstance(found[name], int | float) for name in _SHOWN):
-            return None, f"{NAME} cannot be read: a figure is not a number"
-        if missing := [name for name in _NEEDED if name not in found]:
-            return None, f"{NAME} cannot be read: {missing[0]} is missing"
-        return found, None
+        problem = _problem(found)
+        return (None, f"{NAME} cannot be read: {problem}") if problem else (found, None)
     except FileNotFoundError:
         return None, None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return None, f"{NAME} cannot be read: {type(error).__name__}: {error}"
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not JSON")
+
+
+def _problem(found: dict[str, Any]) -> str | None:
+    """What keeps a record from being shown and drawn. Raises KeyError for a figure that is missing."""
+    if not all(_is_figure(found[name]) for name in _SHOWN):
+        return "a figure is not a number"
+    if missing := [name for name in _NEEDED if name not in found]:
+        return f"{missing[0]} is missing"
+    figures = [found["selected_bytes_per_token"], found["ffn_bytes"]]
+    figures += [found[name] for name in ("dense_perplexity", "true_density") if found.get(name) is not None]
+    figures += [found[name] for name in _COMPARED if found["dense_perplexity"] is not None]
+    return None if all(map(_is_figure, figures)) else "a figure is not a number"
+
+
+def _is_figure(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) <= LARGEST
 
 
 def quality_lines(quality: dict[str, Any]) -> list[str]:

@@ -321,6 +321,25 @@ def test_records_that_are_not_used(text: str, problem: str, tmp_path: Path) -> N
     assert found is None and reason is not None and problem in reason
 
 
+@pytest.mark.parametrize("name", [*SHOWN, "dense_perplexity", "perplexity_ratio", "kl", "top1_agreement", "ffn_bytes"])
+@pytest.mark.parametrize("value", ["1", [], 10**400, 1e999])
+def test_figures_that_cannot_be_shown_are_not_used(name: str, value: Any, tmp_path: Path) -> None:
+    (tmp_path / NAME).write_text(json.dumps(record(version=1, **{name: value})))
+    found, reason = read_quality(tmp_path, "d" * 64)
+    assert found is None and reason is not None and reason.startswith(f"{NAME} cannot be read")
+
+
+def test_a_record_of_figures_that_are_missing_is_not_used(tmp_path: Path) -> None:
+    """Without what is compared with, nothing of it is needed."""
+    whole = record(version=1)
+    for name in ("perplexity_ratio", "kl", "top1_agreement"):
+        left = {key: value for key, value in whole.items() if key != name}
+        (tmp_path / NAME).write_text(json.dumps(left))
+        assert read_quality(tmp_path, "d" * 64)[0] is None
+        (tmp_path / NAME).write_text(json.dumps(left | {"dense_perplexity": None}))
+        assert quality_lines(read_quality(tmp_path, "d" * 64)[0] or {})
+
+
 def test_no_record(tmp_path: Path) -> None:
     assert read_quality(tmp_path, "d") == (None, None)
 
