@@ -77,18 +77,24 @@ def teal_threshold(hidden: Array, share: float) -> float:
     """TEAL's t = icdf(0.5 + share / 2) for the input of the down projection, h [T, I]: |h| < t is skipped.
 
     The distribution is a histogram of 10,000 bins with 1 % on each side in one outlier bin, linear inside a bin. The
-    formula assumes symmetry around zero; values of one sign (ReLU without up projection) are mirrored first. TEAL also
-    skips input channels of q, k, v, gate and up: those are no neurons, so they are not offered here.
+    formula assumes symmetry around zero; values of one sign (ReLU without up projection) are mirrored first. An outlier
+    bin says nothing of the values in it, so a share that ends there is an exact quantile (published: linear too, which
+    skips nearly all of them). TEAL also skips input channels of q, k, v, gate and up: those are no neurons, so they are
+    not offered here.
     """
     values = np.asarray(hidden, np.float32).reshape(-1)
     if values.min(initial=0) >= 0 or values.max(initial=0) <= 0:
         values = np.concatenate([values, -values])
-    return max(0.0, inverse_cdf(*histogram(values), 0.5 + share / 2))
+    below = 0.5 + share / 2
+    found = float(np.quantile(values, below)) if below > 1 - TAIL else inverse_cdf(*histogram(values), below)
+    return max(0.0, found)
 
 
 def histogram(values: Array) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """(counts, edges): 10,000 equal bins between the 1 % and the 99 % quantile, and an outlier bin on each side."""
     low, high = np.quantile(values, [TAIL, 1 - TAIL])
+    # Values equal to `high` belong below it: it is 0 in a layer with next to no active neurons, and all its zeros are.
+    high = np.nextafter(np.float32(high), np.float32(np.inf))
     edges = np.linspace(low, high, HISTOGRAM_BINS + 1)
     edges = np.concatenate([[min(low, values.min())], edges, [max(high, values.max())]])
     counts, _ = np.histogram(values, edges)

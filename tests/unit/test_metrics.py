@@ -183,6 +183,23 @@ def test_teal_skips_the_share_of_a_symmetric_distribution(share: float) -> None:
     assert (h[h > 0] < metrics.teal_threshold(h[h > 0], share)).mean() == pytest.approx(share, abs=0.01)  # one-sided
 
 
+@pytest.mark.parametrize("density", [0.02, 0.015, 0.005])
+@pytest.mark.parametrize("signed", [False, True])
+def test_teal_skips_only_zeros_of_a_layer_with_next_to_no_active_neurons(density: float, signed: bool) -> None:
+    rng = np.random.default_rng(3)
+    h = (np.abs(rng.standard_normal(40000)) * (rng.random(40000) < density)).astype(np.float32)
+    if signed:
+        h *= rng.choice([-1, 1], h.size).astype(np.float32)
+    for share in (0.5, 0.9):
+        kept = metrics.active(np.abs(h), metrics.teal_threshold(h, share)).mean()
+        assert kept == pytest.approx((h != 0).mean(), rel=0.02)
+
+
+def test_teal_skips_the_share_where_it_ends_among_outliers() -> None:
+    h = np.random.default_rng(3).standard_normal(40000).astype(np.float32)
+    assert (np.abs(h) < metrics.teal_threshold(h, 0.995)).mean() == pytest.approx(0.995, abs=0.001)
+
+
 def test_teal_leaves_zeros_alone_where_they_are_more_than_the_share() -> None:
     h = np.zeros((50, 40), np.float32)
     h[:, :4] = np.random.default_rng(7).standard_normal((50, 4))
