@@ -75,6 +75,12 @@ def test_both_rules_together_still_reach_the_goal_and_bound_each_token(target: s
     assert getattr(found, target) >= (0.9 if target != "density" else 0.099)
 
 
+def test_k_for_a_density_is_not_rounded_up_by_the_product_of_floats() -> None:
+    scores = np.random.default_rng(0).standard_normal((7, 1000)).astype(np.float32)
+    for percent in range(1, 101):
+        assert calibrate(scores, np.abs(scores), scores > 0, "density", percent / 100, "topk").k == 10 * percent
+
+
 def test_a_layer_where_nothing_is_active_selects_nothing() -> None:
     scores = np.array([[1.0, -2.0, 3.0]], np.float32)
     zeros, nothing = np.zeros((1, 3), np.float32), np.zeros((1, 3), bool)
