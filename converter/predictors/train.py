@@ -83,6 +83,8 @@ def labels(
     if kind == "clip":
         return _top_share(np.abs(activation), CLIP_SHARE if share is None else share)
     density = np.count_nonzero(activation) / max(activation.size, 1)
+    if not density:  # a dead layer
+        return np.zeros(activation.shape, bool)
     return _top_share(np.abs(hidden) * norms, VALUE_SHARE * density if share is None else share)
 
 

@@ -133,6 +133,7 @@ def test_labels_of_each_kind() -> None:
     assert labels("value", activation, hidden, norms, 0.25).tolist() == [[0, 1, 1, 0], [0, 0, 0, 0]]
     assert labels("value", activation, hidden, norms).sum() == 2  # 0.4 of the active half, rounded up
     assert labels("clip", activation, hidden, norms, 1.0).tolist() == (activation != 0).tolist()
+    assert not labels("value", activation * 0, hidden * 0, norms).any()  # a dead layer
     for kind, share in (("most", None), ("value", 0.0), ("clip", 1.5)):
         with pytest.raises(UsageError, match="label"):
             labels(kind, activation, hidden, norms, share)
