@@ -199,6 +199,9 @@ class _Texts:
                     "to calibrate on and to judge by; give more text, or a smaller --calibrate-window"
                 )
         walked = sum(len(part) for some in ids for part in windows_of(some, length))
+        if not walked:
+            texts = len(options.texts)
+            raise UsageError(f"--calibrate-tokens: found {asked} for {texts} texts, expected two of a text at least")
         return _Texts(asked, walked, judged)
 
 

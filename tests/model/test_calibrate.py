@@ -343,6 +343,8 @@ def test_texts_that_cannot_be_used(source: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(UsageError, match=message):
             calibrate(source, [tmp_path / name], out=tmp_path / "out", window=20)
+    with pytest.raises(UsageError, match="tokens: found 2 for 2 texts"):
+        calibrate(source, 2 * [tmp_path / "short.txt"], out=tmp_path / "out", tokens=2)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="no text"):
         calibrate(source, [], out=tmp_path / "out")

@@ -228,6 +228,8 @@ def test_ppl_ratio(source: Path, tmp_path: Path, text: Path) -> None:
         predict(source, tmp_path / "short", words(tmp_path / "short.txt", 70), target="ppl-ratio:1.1")
     with pytest.raises(UsageError, match="the texts hold 20 tokens, expected at least one window of 64"):
         predict(source, tmp_path / "short", words(tmp_path / "short.txt", 20))
+    with pytest.raises(UsageError, match="--calibrate-tokens: found 2 for 2 texts"):
+        convert(source, tmp_path / "short", tier="predict", calibrate=[text, text], calibrate_tokens=2)
 
 
 def test_auto_sizes(source: Path, tmp_path: Path, text: Path) -> None:
