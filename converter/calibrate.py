@@ -123,7 +123,7 @@ def _job(
         raise UsageError(f"the texts hold {total} tokens, expected at least one window of {length}; give more text")
     windows = [part for some in ids for part in windows_of(some, length)]
     if not windows:
-        raise UsageError(f"tokens: found {tokens} for {len(paths)} texts, expected two of a text at least; ask for more")
+        raise UsageError(f"tokens: found {tokens} for {len(paths)} texts, expected at least two of one text")
     activity = activity_rule(model.activation, threshold)
     walked = sum(map(len, windows))
     collectors: tuple[Collector, ...] = (LayerStatistics(activity, walked, covariance), *extra)

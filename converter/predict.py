@@ -201,7 +201,7 @@ class _Texts:
         walked = sum(len(part) for some in ids for part in windows_of(some, length))
         if not walked:
             texts = len(options.texts)
-            raise UsageError(f"--calibrate-tokens: found {asked} for {texts} texts, expected two of a text at least")
+            raise UsageError(f"--calibrate-tokens: found {asked} for {texts} texts, expected at least two of one text")
         return _Texts(asked, walked, judged)
 
 
