@@ -78,7 +78,7 @@ def make_recipe(options: PredictOptions, model: NormalizedModel, layer_bytes: in
             "with --calibrate FILE, or thresholds with --thresholds FILE"
         )
     if kind in COPIES:
-        fitting_group(model.hidden_size)
+        _check_copies(kind, model.hidden_size)
     if isinstance(options.rank, int):
         check_rank(options.rank, model.hidden_size, model.intermediate_size)
     return Recipe(
@@ -94,6 +94,13 @@ def make_recipe(options: PredictOptions, model: NormalizedModel, layer_bytes: in
         thresholds,
         imported,
     )
+
+
+def _check_copies(kind: str, hidden: int) -> None:
+    try:
+        fitting_group(hidden)
+    except UsageError as problem:
+        raise UsageError(f"--predictor {kind}: {problem}; use --predictor svd or exact-gate") from None
 
 
 def _thresholds(path: Path, model: NormalizedModel) -> Thresholds:

@@ -78,8 +78,9 @@ class Recipe:
 
     @property
     def _default_rank(self) -> int:
-        """The rank that takes as many bytes as the default copy of the gate."""
-        copy = copy_bytes(self.width, self.hidden, DEFAULT_BITS, fitting_group(self.hidden))
+        """The rank that takes as many bytes as the default copy of the gate (would, where no group size fits it)."""
+        group = 32 if self.hidden % 64 else 64
+        copy = copy_bytes(self.width, self.hidden, DEFAULT_BITS, group)
         return max(1, copy // low_rank_bytes(self.width, self.hidden, 1))
 
     def boundary(self, layer: int) -> float:

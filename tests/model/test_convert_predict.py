@@ -232,6 +232,14 @@ def test_ppl_ratio(source: Path, tmp_path: Path, text: Path) -> None:
         convert(source, tmp_path / "short", tier="predict", calibrate=[text, text], calibrate_tokens=2)
 
 
+def test_a_hidden_size_that_no_group_divides(tmp_path: Path) -> None:
+    odd = tiny(tmp_path / "odd", hidden=40)
+    with pytest.raises(UsageError, match=r"gate-copy: rows of 40 weights.*; use --predictor svd or exact-gate"):
+        convert(odd, tmp_path / "copy", tier="predict")
+    ranked = predict(odd, tmp_path / "rank", predictor="svd")
+    assert [layer.rank for layer in layers(ranked)] == [3] * ranked.layers  # 48 rows of 14 bytes by 2 (48 + 40) a rank
+
+
 def test_auto_sizes(source: Path, tmp_path: Path, text: Path) -> None:
     """A tiny model's layers are dense: with a strict target each is cheapest computed whole."""
     loose = predict(source, tmp_path / "loose", text, target="value-recall:0.3", predictor_bits="auto")
