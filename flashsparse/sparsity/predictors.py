@@ -61,13 +61,14 @@ class GateUpCopy:
         self.kernels.score(self.gate, self.gate_bias, x, out)
         self.kernels.activate(out)
         np.abs(out, out=out)
-        if self.up is not None and self.lifted is not None:
-            lifted = self.lifted[: len(x)]
-            self.kernels.score(self.up, self.up_bias, x, lifted)
-            if self.rectified:
-                np.maximum(lifted, 0, out=lifted)
-            out *= np.abs(lifted, out=lifted)
-        out *= self.norms
+        with np.errstate(all="ignore"):  # scores that are no numbers select their neurons, and show in the output
+            if self.up is not None and self.lifted is not None:
+                lifted = self.lifted[: len(x)]
+                self.kernels.score(self.up, self.up_bias, x, lifted)
+                if self.rectified:
+                    np.maximum(lifted, 0, out=lifted)
+                out *= np.abs(lifted, out=lifted)
+            out *= self.norms
 
 
 @dataclass

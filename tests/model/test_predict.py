@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -413,6 +414,22 @@ def test_scores_that_are_no_numbers_select_their_neurons(tmp_path: Path) -> None
     with flashsparse.load(path, slots=64) as engine:
         for step in judged(engine):
             assert step.layer != 1 or step.predicted[:, 7].all()
+
+
+def test_scores_beyond_float32_select_their_neurons_quietly(tmp_path: Path) -> None:
+    """Infinite and undefined products of a damaged copy are no numpy warnings on the user's terminal."""
+    path = make_predict_pack(tmp_path, score="gate_up_copy")
+
+    def spoil(tensors: Tensors) -> None:
+        tensors["layers.1.up.scales"][1][7] = np.inf
+        tensors["layers.1.down_norm"][1][8] = 3e38
+        tensors["layers.1.down_norm"][1][9] = np.nan
+
+    damaged(path, spoil)
+    with flashsparse.load(path, slots=64) as engine, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in judged(engine):
+            assert step.layer != 1 or step.predicted[:, 9].all()
 
 
 MEASURE = """
