@@ -23,7 +23,7 @@ from converter.disk import FULL_ERRNOS, remove_tree
 from converter.model import LayerWeights, Model, open_model
 from converter.publish import check_space
 from converter.states import write_file
-from converter.statistics import LayerStatistics, activity_rule
+from converter.statistics import HOTTEST, LayerStatistics, activity_rule
 from converter.text import read_ids
 from converter.walk import Block, Progress, walk, windows_of
 from flashsparse.errors import ConvertError, UsageError
@@ -31,9 +31,9 @@ from flashsparse.sparsity.calibration import DESCRIPTION, read_description
 from flashsparse.sparsity.texts import file_sha256, texts_sha256
 
 WINDOW = 512
+FILE_BYTES = 64 << 10  # a layer's small tensors and its file's header, at most about
 PARTIAL = ".partial"
 OPTIONS = "options.json"
-RESULT_BYTES = 32 << 20  # disk for one layer's results, at most about
 
 
 class Collector(Protocol):
@@ -91,6 +91,7 @@ class _Job:
 
     windows: list[np.ndarray]
     collectors: tuple[Collector, ...]
+    covariance: bool
     options: dict[str, Any]
     facts: dict[str, Any]  # for the description, beside the options
 
@@ -146,7 +147,7 @@ def _job(
         "text_sha256": texts_sha256(paths),
         "active": "|act(g)| > threshold" if threshold is not None else "act(g) != 0" if activity else None,
     }
-    return _Job(windows, collectors, options, facts)
+    return _Job(windows, collectors, covariance, options, facts)
 
 
 def _activation(model: Model) -> dict[str, Any]:
@@ -187,11 +188,18 @@ def _run(model: Model, job: _Job, directory: Path, resume: bool, progress: Progr
         remove_tree(partial)
         partial.mkdir()
         states = 2 * 4 * job.facts["tokens"] * model.hidden_size
-        check_space(directory, states + 2 * model.layers * RESULT_BYTES)
+        check_space(directory, states + 2 * model.layers * _result_bytes(model, job))
         write_file(partial / OPTIONS, json.dumps(job.options).encode())
     _collect(model, job, partial, progress)
     publish(partial, directory, model.layers, {"model": _model_facts(model), "options": job.options, **job.facts})
     remove_tree(partial)
+
+
+def _result_bytes(model: Model, job: _Job) -> int:
+    """Disk for one layer's results, at most about; of another collector's a 4-bit copy of gate and up is expected."""
+    d, neurons = model.hidden_size, model.intermediate_size
+    numbers = HOTTEST**2 + 4 * neurons + 2 * d + (d * d if job.covariance else 0)
+    return 4 * numbers + 2 * d * neurons * (len(job.collectors) - 1) + FILE_BYTES
 
 
 def _check_same(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """The staging directory of a conversion and how a finished pack takes its place.
 
-`.NAME.partial` beside the destination holds `lock`, `journal.jsonl`, `pack/`, and `calibration/` for
-tier predict. Readers of the destination see the old
-pack or the new one: directories are exchanged in one step, or renamed one after the other where that is impossible.
+`.NAME.partial` beside the destination holds `lock`, `journal.jsonl`, `pack/`, and `calibration/` for tier predict.
+Readers of the destination see the old pack or the new one: directories are exchanged in one step, or renamed one after
+the other where that is impossible.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 
 from converter.disk import remove_tree, swap, sync_directory
 from flashsparse.errors import ConvertError, UsageError
+from flashsparse.memory import format_bytes
 from flashsparse.pack.manifest import MANIFEST
 
 MAX_NAME_BYTES = 255  # of a file name, on every common filesystem
@@ -125,6 +126,6 @@ def check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise ConvertError(
-            f"{directory}: not enough space: found {free / 1e9:.2f} GB free, expected {needed / 1e9:.2f} GB; "
-            "free some, or convert to another disk"
+            f"{directory}: not enough space: found {format_bytes(free)} free, expected {format_bytes(needed)}; "
+            "free some, or write to another disk"
         )

@@ -328,6 +328,17 @@ def test_pieces_keep_every_character(separator: str, tmp_path: Path, monkeypatch
     assert len(pieces) > 5
 
 
+def test_disk_space_is_checked_first(source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tiny model's calibration is refused on next to no disk, and wants no more than it takes."""
+    for free, enough in ((100_000, False), (2_000_000, True)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: type("Usage", (), {"free": free})())
+        if enough:
+            calibrate(source, [text], out=tmp_path / "out", tokens=40, window=20)
+        else:
+            with pytest.raises(ConvertError, match=r"out: not enough space: found 100\.0 kB free"):
+                calibrate(source, [text], out=tmp_path / "out", tokens=40, window=20)
+
+
 def test_texts_that_cannot_be_used(source: Path, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     (tmp_path / "binary").write_bytes(b"\x7fELF\0\0\1")

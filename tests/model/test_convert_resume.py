@@ -234,7 +234,7 @@ def test_bad_request_leaves_nothing(source: Path, tmp_path: Path) -> None:
 
 def test_disk_space_is_checked_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1_000_000})())
-    with pytest.raises(ConvertError, match=r"not enough space: found 0\.00 GB free"):
+    with pytest.raises(ConvertError, match=r"not enough space: found 1\.0 MB free"):
         convert(source, tmp_path / "pack")
     assert not [*tmp_path.glob(".*")]
 
