@@ -62,14 +62,14 @@ class Samples:
         for quantity, values in self._rows.items():
             if quantity == "gate":
                 values = np.sort(values, axis=None)
-            np.save(self._path(quantity, layer), values, allow_pickle=False)
+            with open(self._path(quantity, layer), "wb") as file:  # numpy's own writing tells of no full disk
+                file.write(values.data)
 
     def _path(self, quantity: str, layer: int) -> Path:
-        return self._work / f"{quantity}-{layer}.npy"
+        return self._work / f"{quantity}-{layer}.f32"
 
     def _load(self, quantity: str, layer: int) -> np.ndarray:
-        values: np.ndarray = np.load(self._path(quantity, layer), allow_pickle=False)
-        return values
+        return np.fromfile(self._path(quantity, layer), np.float32)
 
     def gate(self, layer: int) -> np.ndarray:
         """|act(g)| of the layer's neurons and tokens, ascending [n * I]."""
@@ -77,7 +77,7 @@ class Samples:
 
     def hidden(self, layer: int) -> np.ndarray:
         """h of the layer [n, I]."""
-        return self._load("hidden", layer)
+        return self._load("hidden", layer).reshape(-1, self._model.intermediate_size)
 
     def largest(self, layer: int) -> float:
         """The largest |act(g)| of the layer."""

@@ -16,10 +16,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from converter.disk import FULL_ERRNOS
 from converter.model import LayerWeights, Model
 from converter.samples import SAMPLE_TOKENS, Samples
 from converter.walk import Block, Progress, losses, walk
-from flashsparse.errors import NumericError, UsageError
+from flashsparse.errors import ConvertError, NumericError, UsageError
 from flashsparse.sparsity.activations import activate, has_zeros
 from flashsparse.sparsity.metrics import (
     EVERYTHING,
@@ -213,6 +214,20 @@ def activated(model: Model, block: Block) -> np.ndarray:
 
 
 @contextmanager
+def _temporary() -> Iterator[str]:
+    with TemporaryDirectory(prefix="flashsparse-") as work:
+        try:
+            yield work
+        except OSError as problem:
+            if problem.errno not in FULL_ERRNOS:
+                raise
+            where = Path(work).parent
+            raise ConvertError(
+                f"{where}: disk full ({problem.strerror}); set TMPDIR to another, or use fewer tokens"
+            ) from problem
+
+
+@contextmanager
 def open_sparsing(
     model: Model,
     windows: Windows,
@@ -224,10 +239,11 @@ def open_sparsing(
     """Walks the dense model once and yields what measures it. Temporary files are gone at the end.
 
     Thresholds are found on at most `sample_tokens` tokens, evenly spaced, of `calibration` (else of `windows`);
-    perplexity and ratios are measured on `windows`. `metrics` says which samples are needed.
+    perplexity and ratios are measured on `windows`. `metrics` says which samples are needed. Raises ConvertError when
+    the disk of temporary files is full.
     """
     progress = progress or (lambda what, done, total: None)
-    with TemporaryDirectory(prefix="flashsparse-") as work:
+    with _temporary() as work:
         source = windows if calibration is None else calibration
         quantities = {"gate" if METRICS[metric] == "gate" else "hidden" for metric in metrics}
         samples = Samples(model, source, quantities, sample_tokens, Path(work))

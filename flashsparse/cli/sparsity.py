@@ -99,6 +99,8 @@ def sparsity(
     if src is None or not text:
         raise UsageError("expected SRC and --text FILE (or --statistics DIR): what to measure, and on which text")
     request = _request(metric, arg, ppl_ratio)
+    if save_thresholds is not None and not save_thresholds.parent.is_dir():  # before the work that they come from
+        raise UsageError(f"--save-thresholds {save_thresholds}: {save_thresholds.parent} is no directory")
     if calibration_text:
         _refuse_overlap(text, calibration_text)
     from converter.model import open_model

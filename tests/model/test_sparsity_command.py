@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -17,7 +19,7 @@ from converter.samples import Samples
 from converter.sparsing import Point, Sparsing, check_setting, open_sparsing
 from converter.walk import Block, losses, walk
 from flashsparse.cli.sparsity import sparsity
-from flashsparse.errors import UsageError
+from flashsparse.errors import ConvertError, UsageError
 from flashsparse.sparsity.activations import activate
 from flashsparse.sparsity.metrics import METRICS, Cett, top_k_mask
 from flashsparse.sparsity.thresholds_file import read_thresholds
@@ -27,6 +29,10 @@ from tests.model.packs import make_pack
 DEMO = Path(__file__).parents[2] / "flashsparse" / "demo_model"
 CARD = DEMO / "README.md"
 ALL = tuple(METRICS)
+
+
+def no_room(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def windows(vocab: int = 128, lengths: tuple[int, ...] = (40, 23, 9)) -> list[np.ndarray]:
@@ -279,6 +285,7 @@ def test_a_calibration_is_drawn(tmp_path: Path, activation: str) -> None:
     [
         ((), "needs --arg"),
         (("--arg", "0.5", "--ppl-ratio", "1.1"), "exclude each other"),
+        (("--arg", "0.5", "--save-thresholds", "nowhere/thresholds.json"), "nowhere is no directory"),
         (("--ppl-ratio", "1"), "above 1"),
         (("--arg", "1.5"), "topk: found 1.5"),
         (("--arg", "0.5", "--window", "1000"), "at most 512"),
@@ -301,3 +308,11 @@ def test_nothing_to_measure(source: Path, tmp_path: Path) -> None:
         run(source)
     with pytest.raises(UsageError, match="--plot FILE"):
         run("--statistics", tmp_path)
+
+
+def test_a_full_disk_of_temporary_files(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(Samples, "_save", no_room)
+    with pytest.raises(ConvertError, match=r"disk full .*set TMPDIR"), open_sparsing(model, windows(), ["pplp"]):
+        pass
+    assert not [*tmp_path.iterdir()]
