@@ -152,7 +152,8 @@ def spelled_bytes(engine: Engine, windows: Sequence[Sequence[int]]) -> int | Non
     """UTF-8 bytes of the text that the predicted tokens spell: all but the first one's."""
     ids = [windows[0][0], *(token for window in windows for token in window[1:])]
     decode = engine.tokenizer.decode
-    return len(decode(ids).encode()) - len(decode(ids[:1]).encode()) or None
+    spelled = len(decode(ids).encode()) - len(decode(ids[:1]).encode())
+    return spelled if spelled > 0 else None  # less when the first token is a part of a character, shown as U+FFFD
 
 
 def generate(

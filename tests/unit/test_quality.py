@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 
 from flashsparse.errors import NumericError, UsageError
 from flashsparse.likelihood import BLOCK_FLOATS
-from flashsparse.quality.evaluate import PROMPT_TOKENS, SEED, _choose, cut_windows, encode, evaluate, generate
+from flashsparse.quality.evaluate import (
+    PROMPT_TOKENS,
+    SEED,
+    _choose,
+    cut_windows,
+    encode,
+    evaluate,
+    generate,
+    spelled_bytes,
+)
 from flashsparse.quality.measures import GenerationMeasures, SetMeasures, TokenMeasures, total
 from flashsparse.quality.record import NAME, quality_lines, read_quality, write_quality
 from flashsparse.sparsity.selection import Confusion
@@ -282,6 +291,13 @@ def test_texts_that_cannot_be_judged() -> None:
     engine.tokenizer = None  # type: ignore[assignment]
     with pytest.raises(UsageError, match="no tokenizer"):
         encode(engine, "abc", 3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("text", "count"), [("hé", 2), ("é", None), ("éa", None), ("ab", 1)])
+def test_bytes_of_the_predicted_tokens(text: str, count: int | None) -> None:
+    """One token a byte. Half a character is spelled as U+FFFD, three bytes: where that leaves nothing, there is no count."""
+    engine: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace")))
+    assert spelled_bytes(engine, [list(text.encode())]) == count
 
 
 # The file
