@@ -62,6 +62,10 @@ def eval(
     """
     from flashsparse.pack.manifest import Manifest
 
+    if plot is not None:
+        from flashsparse.sparsity.plots import check_plot
+
+        check_plot(plot)
     manifest = Manifest.load(pack)
     _check_texts(manifest, texts)
     window, generate = _lengths(manifest, window, generate)

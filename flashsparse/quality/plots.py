@@ -14,7 +14,7 @@ def draw_quality(
 ) -> None:
     """Two panels of a pack's record; in the second, (name, record) of other packs measured on the same text.
 
-    Raises UsageError without matplotlib, OSError when the file cannot be written.
+    `check_plot` the path first. Raises OSError when the file cannot be written.
     """
     figure, (left, right) = new_figure(2)
     _layers(left, quality["layers"])

@@ -94,7 +94,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
 
 
 def new_figure(panels: int) -> tuple[Any, list[Any]]:
-    """A figure and its axes, in this project's style. Raises UsageError without matplotlib."""
+    """A figure and its axes, in this project's style; `check_plot` says beforehand whether matplotlib is there."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

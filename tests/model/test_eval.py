@@ -219,6 +219,7 @@ def test_what_is_refused(predict: Path, packs: Path, tmp_path: Path, capsys: pyt
     for message, options in (
         ("context is 512 tokens", ("--window", "513")),
         ("--max-kv-size 100: expected 232", ("--window", "100", "--max-kv-size", "100")),
+        (r"a\.xyz: expected a name that ends in", ("--plot", tmp_path / "a.xyz")),
         ("no quality.json", ("--beside", convert(DEMO, packs / "fresh", tier="dense"))),
     ):
         with pytest.raises(UsageError, match=message):
