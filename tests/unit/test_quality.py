@@ -295,7 +295,7 @@ def test_texts_that_cannot_be_judged() -> None:
 
 @pytest.mark.parametrize(("text", "count"), [("hé", 2), ("é", None), ("éa", None), ("ab", 1)])
 def test_bytes_of_the_predicted_tokens(text: str, count: int | None) -> None:
-    """One token a byte. Half a character is spelled as U+FFFD, three bytes: where that leaves nothing, there is no count."""
+    """One token a byte. Half a character is spelled as three bytes: where that leaves nothing, there is no count."""
     engine: Any = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace")))
     assert spelled_bytes(engine, [list(text.encode())]) == count
 
