@@ -270,16 +270,25 @@ def _assemble(recipe: Recipe, tensors: Tensors, specs: list[LayerSpec] | None, t
     if specs is None and options.target == "density_ratio":
         assert options.target_value is not None
         specs = meet_density_ratio(results, options.target_value)
+    text, tokens = _text(recipe, tokens)
     spec = PredictorSpec(
         score=recipe.score,
         selection=options.selection,
         target=options.target or ("thresholds" if recipe.thresholds is not None else "none"),
         target_value=options.target_value,
-        text_sha256=texts_sha256(options.texts) if tokens else None,
+        text_sha256=text,
         tokens=tokens,
         layers=tuple(specs or [result.spec for result in results]),
     )
     return Fitted(spec, _stored(spec, recipe, tensors), tensors)
+
+
+def _text(recipe: Recipe, tokens: int) -> tuple[str | None, int]:
+    """Digest and tokens of what the pack must not be judged on: `tokens` of the options' texts, or a file's text."""
+    if tokens:
+        return texts_sha256(recipe.options.texts), tokens
+    found = recipe.thresholds
+    return (None, 0) if found is None else (found.text_sha256, found.tokens)
 
 
 def _stored(spec: PredictorSpec, recipe: Recipe, tensors: Tensors) -> Stored:
@@ -306,10 +315,11 @@ def published(recipe: Recipe, source: Path, found: Manifest) -> tuple[str, Fitte
     spec, options = found.predictor, recipe.options
     if spec is None:
         return f"tier: found {found.tier!r}, expected 'predict'", None
-    text, tokens = None, 0
+    walked = 0
     if options.texts:
         with open_model(source, recipe.override) as model:
-            text, tokens = texts_sha256(options.texts), _Texts.read(options, model).total
+            walked = _Texts.read(options, model).total
+    text, tokens = _text(recipe, walked)
     target = options.target or ("thresholds" if recipe.thresholds is not None else "none")
     expected = {
         "score": recipe.score,

@@ -99,7 +99,7 @@ def convert(
     except KeyboardInterrupt:
         _interrupted(dst)
     manifest = Manifest.load(pack)
-    if note := tokens_note(manifest, predict["calibrate_tokens"]):
+    if predict["calibrate"] and (note := tokens_note(manifest, predict["calibrate_tokens"])):
         click.echo(note, err=True)
     for line in summary(manifest):
         click.echo(line)

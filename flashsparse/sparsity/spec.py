@@ -55,7 +55,11 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class PredictorSpec:
-    """The predictor of a pack. `text_sha256` and `tokens` name the calibration text; None and 0 without."""
+    """The predictor of a pack.
+
+    `text_sha256` and `tokens` name the calibration text, or the one a file of thresholds was made on; None and 0
+    without.
+    """
 
     score: str
     selection: str

@@ -295,6 +295,8 @@ def test_thresholds_on_values(source: Path, tmp_path: Path, quantity: str) -> No
     assert found.predictor is not None and found.predictor.score == "gate_up_copy"
     assert [layer.threshold for layer in layers(found)] == [0.25, 0.0]
     assert {layer.bits for layer in layers(found)} == {4}
+    assert (found.predictor.text_sha256, found.predictor.tokens) == ("0" * 64, 100)  # not to be judged on that text
+    assert convert(source, tmp_path / "pack", tier="predict", thresholds=tmp_path / "t.json", resume=True) == found.path
     norms = read_tensor(read_header(found.predictor_path), "layers.0.down_norm")
     assert (norms == 1).all() == (quantity == "hidden")
 
