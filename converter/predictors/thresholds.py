@@ -103,7 +103,10 @@ def bisect_target(
     """
     best, reached = hi, evaluate(hi)
     if not reached <= limit:  # NaN fails too
-        raise ConvertError(f"target: found {reached:.6g} at the strictest setting {hi:g}, expected at most {limit:g}")
+        raise ConvertError(
+            f"target: found {reached:.6g} at the strictest setting {hi:g}, expected at most {limit:.9g}; "
+            "allow more, or take a larger predictor"
+        )
     lowest = evaluate(lo)
     if lowest <= limit:
         return lo, lowest
