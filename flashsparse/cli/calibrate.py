@@ -74,7 +74,7 @@ def calibrate(
     continues when it is started again with the same options.
     """
     from converter.calibrate import calibrate as run
-    from flashsparse.sparsity.calibration import read_description
+    from flashsparse.sparsity.calibration import DESCRIPTION, read_description
 
     directory = out or Path(f"{Path(src).expanduser().resolve().name}-calibration")
     try:
@@ -91,7 +91,10 @@ def calibrate(
                 progress=progress,
             )
     except KeyboardInterrupt:
-        click.echo(f"Interrupted; finished layers are kept in {directory}, run again to continue.", err=True)
+        kept = f"finished layers are kept in {directory}, run again to continue"
+        if (directory / DESCRIPTION).exists():  # with --force: the next run takes it, or starts over
+            kept = f"the calibration that was in {directory} stays"
+        click.echo(f"Interrupted; {kept}.", err=True)
         sys.exit(INTERRUPTED)
     description = read_description(directory)
     if description["tokens"] < tokens:

@@ -434,6 +434,19 @@ def test_the_command(source: Path, text: Path, tmp_path: Path) -> None:
     assert "layer" not in again.stderr
 
 
+def test_an_interrupted_command_says_what_stays(
+    source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = calibrate(source, [text], out=tmp_path / "out", tokens=40, window=20)
+    monkeypatch.setattr(sys.modules["converter.calibrate"], "open_model", interrupt)
+    for directory, said in ((out, f"that was in {out} stays"), (tmp_path / "new", "run again to continue")):
+        done = CliRunner().invoke(command, [str(source), "--text", str(text), "--out", str(directory), "--force"])
+        assert done.exit_code == 130 and said in done.stderr
+
+
 def test_the_command_names_its_output_after_the_source(
     source: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
