@@ -283,7 +283,8 @@ class Engine:
     def drift(self) -> Drift | None:
         """Realised over calibrated density of the tokens decoded so far.
 
-        None in other tiers than predict, without calibration, and before 64 tokens.
+        Of the layers that are not computed whole. None in other tiers than predict, without calibration, and before 64
+        tokens.
         """
         spec = self.manifest.predictor if self.tier == "predict" else None
         decoded = max((ffn.decoded for ffn in self._ffns), default=0)
@@ -291,11 +292,13 @@ class Engine:
             return None
         pairs = decoded * self.manifest.intermediate_size
         realised = [ffn.decoded_neurons / pairs for ffn in self._ffns]
-        layers = tuple(
-            None if layer.every or not layer.density else found / layer.density
-            for found, layer in zip(realised, spec.layers, strict=True)
-        )
-        return Drift(sum(realised) / len(realised) / spec.calibrated_density, layers)
+        # A layer that is computed whole cannot drift: counted, it would hide that the others do.
+        expected = [0.0 if layer.every else layer.density or 0.0 for layer in spec.layers]
+        if not any(expected):
+            return None
+        counted = sum(found for found, layer in zip(realised, spec.layers, strict=True) if not layer.every)
+        layers = tuple(found / share if share else None for found, share in zip(realised, expected, strict=True))
+        return Drift(counted / sum(expected), layers)
 
     def close(self) -> None:
         """Stop threads, close files, free the weights and the KV cache, after the step that another thread is in."""

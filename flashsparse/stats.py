@@ -75,7 +75,7 @@ DRIFT_RANGE = (0.75, 1.33)
 
 @dataclass(frozen=True)
 class Drift:
-    """Realised density over the calibrated one, of decoded tokens: all layers together, and each.
+    """Realised density over the calibrated one, of decoded tokens: all layers not computed whole together, and each.
 
     A layer's is None when it is computed whole or its calibrated density is not known or zero.
     """

@@ -432,6 +432,18 @@ def test_scores_beyond_float32_select_their_neurons_quietly(tmp_path: Path) -> N
             assert step.layer != 1 or step.predicted[:, 9].all()
 
 
+@pytest.mark.parametrize("score", ["gate_copy", "gate"])
+def test_layers_that_are_computed_whole_do_not_count_as_drift(tmp_path: Path, score: str) -> None:
+    known = replace(default_layer(score), density=0.25)
+    path = make_predict_pack(tmp_path, score=score, layer=known, layers={1: LayerSpec(every=True, density=1.0)})
+    with flashsparse.load(path, slots=64) as engine, engine.session() as session:
+        for token in PROMPT[:64]:
+            session.logits([token])
+        drift = engine.drift()
+        assert drift is not None and drift.layers[1] is None
+        assert drift.ratio == pytest.approx(sum(ratio for ratio in drift.layers if ratio is not None) / 2)
+
+
 MEASURE = """
 import sys, flashsparse
 with flashsparse.load(sys.argv[1], dram=int(sys.argv[2])) as engine, engine.session() as session:
