@@ -14,8 +14,7 @@ import shutil
 from pathlib import Path
 
 from converter.disk import remove_tree, swap, sync_directory
-from flashsparse.errors import ConvertError, UsageError
-from flashsparse.memory import format_bytes
+from flashsparse.errors import ConvertError, UsageError, format_bytes
 from flashsparse.pack.manifest import MANIFEST
 
 MAX_NAME_BYTES = 255  # of a file name, on every common filesystem

@@ -1,6 +1,7 @@
-"""The errors FlashSparse raises. One base class; each says what, where, found, expected and what to do next.
+"""The errors FlashSparse raises, and how their messages write sizes. One base class for all.
 
-The command line prints `str(error)` on one line and exits 2 for a UsageError, 1 for every other one.
+Each error says what, where, found, expected and what to do next. The command line prints `str(error)` on one line and
+exits 2 for a UsageError, 1 for every other one.
 """
 
 from __future__ import annotations
@@ -68,3 +69,12 @@ class NumericError(FlashSparseError):
 
 class NativeLibraryError(FlashSparseError):
     """The native library is missing or of another version than the Python package."""
+
+
+def format_bytes(size: int) -> str:
+    """`7.00 GB`, `512 MB`, `12 B`: decimal units, as `--dram` takes them."""
+    if abs(size) >= 1_000_000_000:
+        return f"{size / 1e9:.2f} GB"
+    if abs(size) >= 1_000_000:
+        return f"{size / 1e6:.0f} MB" if abs(size) >= 100_000_000 else f"{size / 1e6:.1f} MB"
+    return f"{size / 1e3:.1f} kB" if abs(size) >= 1000 else f"{size} B"

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from flashsparse.errors import BudgetError, FlashSparseError, UsageError
+from flashsparse.errors import BudgetError, FlashSparseError, UsageError, format_bytes
 
 CGROUP_RESERVE = 64_000_000  # left free under a control group's limit, for what the kernel charges to the group
 MIN_CONTEXT = 256
@@ -43,15 +43,6 @@ def parse_size(text: str, machine_bytes: int) -> int:
     if size < 1:
         raise UsageError(f"size {text!r} is less than one byte")
     return int(found[1]) * _UNITS[unit] if unit != "%" and "." not in found[1] else int(size)
-
-
-def format_bytes(size: int) -> str:
-    """`7.00 GB`, `512 MB`, `12 B`: decimal units, as `parse_size` reads them."""
-    if abs(size) >= 1_000_000_000:
-        return f"{size / 1e9:.2f} GB"
-    if abs(size) >= 1_000_000:
-        return f"{size / 1e6:.0f} MB" if abs(size) >= 100_000_000 else f"{size / 1e6:.1f} MB"
-    return f"{size / 1e3:.1f} kB" if abs(size) >= 1000 else f"{size} B"
 
 
 def machine_memory() -> int:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashsparse import memory
+from flashsparse import errors, memory
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError
 
 GB = 1_000_000_000
@@ -38,6 +38,7 @@ def test_parse_size_refuses(text: str) -> None:
 def test_format_bytes() -> None:
     sizes = (7 * GB, 512_000_000, 1_500_000, 2_500, 12)
     assert [memory.format_bytes(size) for size in sizes] == ["7.00 GB", "512 MB", "1.5 MB", "2.5 kB", "12 B"]
+    assert memory.format_bytes is errors.format_bytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
