@@ -203,12 +203,14 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with open_model(args.checkpoint) as model:
-        data = collect(model, text_windows(model, args.calibrate, args.fit_tokens, args.window), args.sample)
+        windows = text_windows(model, args.calibrate, args.fit_tokens, args.window)
+        data = collect(model, windows, args.sample)
         judge = Judge(model, text_windows(model, args.text, args.tokens, args.window))
         bench = Bench(model, data, judge)
         densities = " ".join(f"{100 * layer.density:.1f}" for layer in data)
         print(f"dense perplexity {np.exp(judge.dense.mean()):.3f}; true density per layer {densities} %", flush=True)
         usual = default_copy(model, data)
+        in_order = collect(model, windows[: max(1, args.sample // args.window)], args.sample)  # hints need neighbours
         every = [usual] if args.only_default else list(fits(model, data, args.ranks, args.epochs))
         result = {
             "model": args.label or str(Path(args.checkpoint).name),
@@ -218,7 +220,7 @@ def main() -> None:
             "frontier": frontier(bench, every, SHARES),
             "targets": targets(bench, [usual]),
             "rules": rules(bench, usual),
-            "hints": [] if args.only_default else measure_hints(model, data, bench.at_recall(usual, 0.98), usual),
+            "hints": [] if args.only_default else measure_hints(model, in_order, bench.at_recall(usual, 0.98), usual),
         }
     (args.out / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
     draw.frontier(result, args.out / "frontier.png")

@@ -28,6 +28,7 @@ def frontier(result: dict[str, Any], path: Path) -> None:
                 right.scatter([100 * row["predictor_share"]], [_change(row)], s=size, **kept)
     for axes in (left, right):
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     left.set_xlabel("neurons loaded, relative to those truly active")
     left.set_ylabel("perplexity change, % (log scale; 0.02 and less at the bottom)")

@@ -17,7 +17,7 @@ RANK, GOAL, WINDOW = 32, 0.9, 4
 
 
 def measure_hints(model: Model, data: Sequence[LayerData], setting: Any, fitted: Fitted) -> list[dict[str, Any]]:
-    """One row per source and layer, on the last tenth of the calibration sample. Needs a sample of every token."""
+    """One row per source and layer, on the last tenth of `data`, which has every token of its windows in order."""
     sets = [
         select(scorer(layer.x), setting.selection, at.threshold, at.k)
         for scorer, layer, at in zip(fitted.layers, data, setting.layers, strict=True)
