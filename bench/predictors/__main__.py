@@ -56,7 +56,9 @@ class Curve:
     def at(self, recall: float) -> Rule:
         """The highest threshold with which `recall` of the value is kept; the same as converter's `calibrate` finds."""
         last = min(int(np.searchsorted(self.held, recall)), len(self.held) - 1)
-        return Rule(float(self.ordered[last]), None, (last + 1) / len(self.held))
+        threshold = float(self.ordered[last])
+        selected = np.searchsorted(-self.ordered, -threshold, side="right")  # all that tie are selected
+        return Rule(threshold, None, float(selected) / len(self.held))
 
 
 @dataclass(frozen=True)

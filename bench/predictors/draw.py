@@ -15,7 +15,7 @@ def frontier(result: dict[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.4), constrained_layout=True, sharey=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.6), constrained_layout=True, sharey=True)
     names = list(dict.fromkeys(row["predictor"] for row in result["frontier"]))
     for number, name in enumerate(names):
         rows = [row for row in result["frontier"] if row["predictor"] == name]
@@ -32,7 +32,8 @@ def frontier(result: dict[str, Any], path: Path) -> None:
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     left.set_xlabel("neurons loaded, relative to those truly active")
     left.set_ylabel("perplexity change, % (log scale; 0.02 and less at the bottom)")
-    left.legend(fontsize=7, ncols=2, loc="lower left")
+    left.set_xlim(0.2, 1.7)
+    figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center", frameon=False)
     right.set_xlabel("predictor's bytes, % of the FFN's in 16 bits")
     right.set_title("resident cost: large marks load as many as are active, small ones 0.65 times", fontsize=9)
     active = sum(result["true_density_per_layer"]) / len(result["true_density_per_layer"])
