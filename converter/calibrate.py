@@ -28,7 +28,7 @@ from converter.text import read_ids
 from converter.walk import Block, Progress, walk, windows_of
 from flashsparse.errors import ConvertError, UsageError
 from flashsparse.sparsity.calibration import DESCRIPTION, read_description
-from flashsparse.sparsity.texts import file_sha256, texts_sha256
+from flashsparse.sparsity.texts import file_sha256, text_digests
 
 WINDOW = 512
 FILE_BYTES = 64 << 10  # a layer's small tensors and its file's header, at most about
@@ -104,6 +104,7 @@ def _check(paths: list[Path], tokens: int, window: int | None, threshold: float 
             raise UsageError(f"{name}: found {value}, expected at least 2")
     if threshold is not None and not (math.isfinite(threshold) and threshold >= 0):
         raise UsageError(f"threshold: found {threshold}, expected a number >= 0")
+    text_digests(paths)  # refuses a text that is given twice
 
 
 def _job(
@@ -144,7 +145,6 @@ def _job(
             {"name": path.name, "sha256": file_sha256(path), "tokens": len(some)}
             for path, some in zip(paths, ids, strict=True)
         ],
-        "text_sha256": texts_sha256(paths),
         "active": "|act(g)| > threshold" if threshold is not None else "act(g) != 0" if activity else None,
     }
     return _Job(windows, collectors, covariance, options, facts)

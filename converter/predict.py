@@ -33,7 +33,7 @@ from flashsparse.sparsity.activations import has_zeros
 from flashsparse.sparsity.calibration import TENSORS
 from flashsparse.sparsity.low_bit import fitting_group
 from flashsparse.sparsity.spec import LayerSpec, PredictorSpec, Shape, Stored, predictor_tensors
-from flashsparse.sparsity.texts import texts_sha256
+from flashsparse.sparsity.texts import text_digests
 from flashsparse.sparsity.thresholds_file import ModelShape, Thresholds, read_thresholds
 
 JUDGED_TOKENS = 4096  # at most, of the calibration text, that a perplexity ratio is measured on
@@ -129,6 +129,7 @@ def _imported(path: Path, model: NormalizedModel) -> Imported:
 def check_texts(recipe: Recipe, source: Path) -> None:
     """Reads the texts once, before there is anything to go on with. Raises UsageError or CheckpointError."""
     if recipe.options.texts:
+        text_digests(recipe.options.texts)  # refuses a text that is given twice
         with open_model(source, recipe.override) as model:
             _Texts.read(recipe.options, model)
 
@@ -270,25 +271,28 @@ def _assemble(recipe: Recipe, tensors: Tensors, specs: list[LayerSpec] | None, t
     if specs is None and options.target == "density_ratio":
         assert options.target_value is not None
         specs = meet_density_ratio(results, options.target_value)
-    text, tokens = _text(recipe, tokens)
+    texts, tokens = _texts(recipe, tokens)
     spec = PredictorSpec(
         score=recipe.score,
         selection=options.selection,
         target=options.target or ("thresholds" if recipe.thresholds is not None else "none"),
         target_value=options.target_value,
-        text_sha256=text,
+        texts=texts,
         tokens=tokens,
         layers=tuple(specs or [result.spec for result in results]),
     )
     return Fitted(spec, _stored(spec, recipe, tensors), tensors)
 
 
-def _text(recipe: Recipe, tokens: int) -> tuple[str | None, int]:
-    """Digest and tokens of what the pack must not be judged on: `tokens` of the options' texts, or a file's text."""
-    if tokens:
-        return texts_sha256(recipe.options.texts), tokens
-    found = recipe.thresholds
-    return (None, 0) if found is None else (found.text_sha256, found.tokens)
+def _texts(recipe: Recipe, tokens: int) -> tuple[tuple[str, ...], int]:
+    """Digests of what the pack must not be judged on, a thresholds file's texts included, and how many tokens.
+
+    `tokens` of the options' texts; without them, those of the file's.
+    """
+    found, own = recipe.thresholds, text_digests(recipe.options.texts)
+    if found is None:
+        return own, tokens
+    return tuple(sorted({*own, *found.texts})), tokens or found.tokens
 
 
 def _stored(spec: PredictorSpec, recipe: Recipe, tensors: Tensors) -> Stored:
@@ -319,14 +323,14 @@ def published(recipe: Recipe, source: Path, found: Manifest) -> tuple[str, Fitte
     if options.texts:
         with open_model(source, recipe.override) as model:
             walked = _Texts.read(options, model).total
-    text, tokens = _text(recipe, walked)
+    texts, tokens = _texts(recipe, walked)
     target = options.target or ("thresholds" if recipe.thresholds is not None else "none")
     expected = {
         "score": recipe.score,
         "selection": options.selection,
         "target": target,
         "target_value": options.target_value,
-        "text_sha256": text,
+        "texts": texts,
         "tokens": tokens,
     }
     for name, value in expected.items():

@@ -85,10 +85,11 @@ def eval(
 
 
 def _check_texts(manifest: Manifest, texts: Sequence[Path]) -> None:
-    from flashsparse.sparsity.texts import refuse_same_text
+    from flashsparse.sparsity.texts import refuse_same_text, text_digests
 
+    text_digests(texts)  # refuses a text that is given twice
     if manifest.predictor is not None:
-        refuse_same_text(texts, manifest.predictor.text_sha256)
+        refuse_same_text(texts, manifest.predictor.texts)
 
 
 def _lengths(manifest: Manifest, window: int | None, generate: int) -> tuple[int, int]:
@@ -178,12 +179,12 @@ def _reference(
 def _context(manifest: Manifest, texts: Sequence[Path], window: int, reference: str | None) -> dict[str, Any]:
     """What the figures belong to: no times and no paths, so that equal evaluations give equal files."""
     import flashsparse
-    from flashsparse.sparsity.texts import texts_sha256
+    from flashsparse.sparsity.texts import text_digests
 
     own = "dense" if manifest.tier == "predict" else None
     return {
         "pack": manifest.digest,
-        "text_sha256": texts_sha256(texts),
+        "texts": list(text_digests(texts)),
         "window": window,
         "against": own if reference is None else "reference",
         "versions": {"flashsparse": flashsparse.__version__},
@@ -203,12 +204,12 @@ def _recorded(path: Path, texts: Sequence[Path], window: int) -> dict[str, Any]:
     """What was measured of another pack, on the same text in the same windows."""
     from flashsparse.pack.manifest import Manifest
     from flashsparse.quality.record import read_quality
-    from flashsparse.sparsity.texts import texts_sha256
+    from flashsparse.sparsity.texts import text_digests
 
     found, problem = read_quality(path, Manifest.load(path).digest)
     if found is None:
         raise UsageError(f"--beside {path}: {problem or 'no quality.json; run `flashsparse eval` on it first'}")
-    if (found["text_sha256"], found["window"]) != (texts_sha256(texts), window):
+    if (found["texts"], found["window"]) != (list(text_digests(texts)), window):
         raise UsageError(f"--beside {path}: was judged on another text or window; run `flashsparse eval` on it again")
     return found
 

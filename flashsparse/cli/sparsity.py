@@ -101,8 +101,7 @@ def sparsity(
     request = _request(metric, arg, ppl_ratio)
     if save_thresholds is not None and not save_thresholds.parent.is_dir():  # before the work that they come from
         raise UsageError(f"--save-thresholds {save_thresholds}: {save_thresholds.parent} is no directory")
-    if calibration_text:
-        _refuse_overlap(text, calibration_text)
+    _check_texts(text, calibration_text)
     from converter.model import open_model
 
     with open_model(src, activation) as model:
@@ -134,10 +133,11 @@ def _request(metric: str, arg: float | None, ppl_ratio: float | None) -> Request
     return Request(metric, arg, ppl_ratio)
 
 
-def _refuse_overlap(text: Sequence[Path], calibration: Sequence[Path]) -> None:
-    from flashsparse.sparsity.texts import file_sha256
+def _check_texts(text: Sequence[Path], calibration: Sequence[Path]) -> None:
+    from flashsparse.sparsity.texts import file_sha256, text_digests
 
-    seen = {file_sha256(path) for path in text}
+    seen = text_digests(text)
+    text_digests(calibration)  # refuses a text that is given twice
     for path in calibration:
         if file_sha256(path) in seen:
             raise UsageError(f"{path}: given as --text too; without --calibration-text both are the same text")
@@ -178,7 +178,7 @@ def _windows(model: Model, texts: Sequence[Path], tokens: int, length: int) -> l
 def _thresholds(model: Model, request: Request, point: Point, texts: Sequence[Path], tokens: int) -> Thresholds:
     from converter.sparsing import model_shape
     from flashsparse.sparsity.metrics import METRICS as QUANTITY
-    from flashsparse.sparsity.texts import texts_sha256
+    from flashsparse.sparsity.texts import text_digests
     from flashsparse.sparsity.thresholds_file import Thresholds
 
     arg = point.setting
@@ -192,7 +192,7 @@ def _thresholds(model: Model, request: Request, point: Point, texts: Sequence[Pa
         point.thresholds,
         point.layers,
         point.ppl_ratio,
-        texts_sha256(texts),
+        text_digests(texts),
         tokens,
     )
 
@@ -215,7 +215,7 @@ def _report(sparsing: Sparsing, point: Point, found: Thresholds) -> dict[str, An
         "neurons": found.model.intermediate_size,
         "tokens": sparsing.tokens,
         "sample_tokens": sparsing.samples.tokens,
-        "text_sha256": found.text_sha256,
+        "texts": list(found.texts),
         "layers": [dict(zip(keys, row, strict=True)) for row in rows],
     }
 

@@ -160,6 +160,13 @@ class Node:
             self.fail(key, found, "a list of SHA-256 digests")
         return tuple(self._sha256(key, item) for item in found)
 
+    def sha256_set(self, key: str) -> tuple[str, ...]:
+        """A list of digests in ascending order, each once; it may be empty."""
+        found = self.sha256_list(key)
+        if list(found) != sorted(set(found)):
+            self.fail(key, list(found), "SHA-256 digests in ascending order, each once")
+        return found
+
     def _sha256(self, key: str, found: Any) -> str:
         if not isinstance(found, str) or len(found) != 64 or set(found) - set("0123456789abcdef"):
             self.fail(key, found, "64 lower-case hexadecimal digits")

@@ -144,7 +144,7 @@ def _predictor(manifest: Manifest) -> dict[str, Any] | None:
         "selection": spec.selection,
         "target": spec.target,
         "target_value": spec.target_value,
-        "text_sha256": spec.text_sha256,
+        "texts": list(spec.texts),
         "tokens": spec.tokens,
         "bits": sorted({layer.bits for layer in spec.layers if layer.bits is not None}),
         "ranks": sorted({layer.rank for layer in spec.layers if layer.rank is not None}),

@@ -17,7 +17,7 @@ from flashsparse.pack.manifest import canonical_json
 NAME = "quality.json"
 VERSION = 1
 MAX_BYTES = 16 << 20
-_NEEDED = ("text_sha256", "window", "layers", "selected_bytes_per_token", "ffn_bytes", "dense_perplexity")
+_NEEDED = ("texts", "window", "layers", "selected_bytes_per_token", "ffn_bytes", "dense_perplexity")
 _SHOWN = ("tokens", "perplexity", "recall", "predicted_density")
 _COMPARED = ("perplexity_ratio", "kl", "top1_agreement")  # beside `dense_perplexity`
 LARGEST = 1e300  # of a figure: larger ones are no floats, or not finite

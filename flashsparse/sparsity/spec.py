@@ -57,15 +57,15 @@ class LayerSpec:
 class PredictorSpec:
     """The predictor of a pack.
 
-    `text_sha256` and `tokens` name the calibration text, or the one a file of thresholds was made on; None and 0
-    without.
+    `texts` are the SHA-256 digests of the calibration texts and of those that a file of thresholds was made on, in
+    ascending order, each once; `tokens` how many tokens of them were used. Empty and 0 without.
     """
 
     score: str
     selection: str
     target: str
     target_value: float | None
-    text_sha256: str | None
+    texts: tuple[str, ...]
     tokens: int
     layers: tuple[LayerSpec, ...]
 
@@ -84,7 +84,8 @@ class PredictorSpec:
     def to_dict(self) -> dict[str, Any]:
         """The manifest's object."""
         value = None if self.target_value is None else float(self.target_value)
-        return vars(self) | {"target_value": value, "layers": [layer.to_dict() for layer in self.layers]}
+        layers = [layer.to_dict() for layer in self.layers]
+        return vars(self) | {"target_value": value, "texts": list(self.texts), "layers": layers}
 
 
 @dataclass(frozen=True)
@@ -107,14 +108,13 @@ def read_spec(node: Node, shape: Shape) -> PredictorSpec:
     stated = target in ("none", "thresholds")
     if (value is None) != stated or (value is not None and value <= 0):
         node.fail("target_value", value, f"{'null' if stated else 'a number > 0'} for target {target!r}")
-    text = None if node.value.get("text_sha256") is None and node.null("text_sha256") else node.sha256("text_sha256")
-    tokens = node.integer("tokens", 0)
-    if (text is None) != (tokens == 0):
+    texts, tokens = node.sha256_set("texts"), node.integer("tokens", 0)
+    if (not texts) != (tokens == 0):
         node.fail("tokens", tokens, "0 without a calibration text, the number of its tokens with one")
     layers = tuple(_read_layer(child, score, selection, shape, tokens > 0) for child in node.items("layers"))
     if len(layers) != shape.layers:
         node.fail("layers", len(layers), f"an object for each of {shape.layers} layers")
-    return node.finish(PredictorSpec(score, selection, target, value, text, tokens, layers))
+    return node.finish(PredictorSpec(score, selection, target, value, texts, tokens, layers))
 
 
 def _read_layer(node: Node, score: str, selection: str, shape: Shape, calibrated: bool) -> LayerSpec:

@@ -1,6 +1,6 @@
 """Text files for calibration and evaluation: their digests and their contents.
 
-A predictor must not be judged on the text that it was calibrated on, so that packs carry the digest of that text.
+A predictor must not be judged on texts that it was calibrated on, so that packs carry the digests of those texts.
 """
 
 from __future__ import annotations
@@ -24,18 +24,25 @@ def file_sha256(path: PathLike) -> str:
         raise _unreadable(path, error) from error
 
 
-def texts_sha256(paths: Sequence[PathLike]) -> str:
-    """One digest for some files, whatever their order: the SHA-256 over their sorted digests, joined by newlines."""
-    return hashlib.sha256("\n".join(sorted(map(file_sha256, paths))).encode()).hexdigest()
+def text_digests(paths: Sequence[PathLike]) -> tuple[str, ...]:
+    """The SHA-256 digests of some files, in ascending order, whatever the order of the files.
+
+    Raises UsageError for a text that is given twice, under whatever name, and for a file that cannot be read.
+    """
+    found: dict[str, PathLike] = {}
+    for path in paths:
+        digest = file_sha256(path)
+        if digest in found:
+            raise UsageError(f"{path}: the same text as {found[digest]}, expected each text once; leave one out")
+        found[digest] = path
+    return tuple(sorted(found))
 
 
-def refuse_same_text(paths: Sequence[PathLike], calibrated_on: str | None) -> None:
-    """Raises UsageError when the files, or one of them, are what `calibrated_on` (a digest of either kind) names."""
-    for some in ([path] for path in paths):
-        if calibrated_on in (file_sha256(some[0]), texts_sha256(some)):
-            raise UsageError(f"{some[0]}: the pack was calibrated on this text; give a text that it has not seen")
-    if calibrated_on == texts_sha256(paths):
-        raise UsageError(f"{paths[0]} and the others: the pack was calibrated on them; give a text it has not seen")
+def refuse_same_text(paths: Sequence[PathLike], calibrated_on: Sequence[str]) -> None:
+    """Raises UsageError naming the first file whose SHA-256 digest is among `calibrated_on`."""
+    for path in paths:
+        if file_sha256(path) in calibrated_on:
+            raise UsageError(f"{path}: the pack was calibrated on this text; give a text that it has not seen")
 
 
 def read_texts(paths: Sequence[PathLike], characters: int | None = None) -> str:

@@ -37,7 +37,7 @@ class Thresholds:
 
     quantity: "gate" |act(g)|, "value" |h| * ||down column||, "hidden" |h|. `arg` is the metric's (a fraction, an
     epsilon, a percentage). `activation_ratio` per layer and `ppl_ratio` are what was measured with them on `tokens`
-    tokens; `text_sha256` is the SHA-256 of the text they were found on.
+    tokens; `texts` are the SHA-256 digests of the texts they were found on, in ascending order, each once.
     """
 
     quantity: str
@@ -47,7 +47,7 @@ class Thresholds:
     thresholds: tuple[float, ...]
     activation_ratio: tuple[float, ...]
     ppl_ratio: float
-    text_sha256: str
+    texts: tuple[str, ...]
     tokens: int
 
 
@@ -89,7 +89,7 @@ def _read(node: Node) -> Thresholds:
         _numbers(node, "thresholds", model.layers),
         _numbers(node, "activation_ratio", model.layers, most=1.0),
         node.real("ppl_ratio"),
-        node.sha256("text_sha256"),
+        _texts(node),
         node.integer("tokens", 1),
     )
     _refuse_rest(node)
@@ -106,6 +106,13 @@ def _read_model(node: Node) -> ModelShape:
     )
     _refuse_rest(node)
     return model
+
+
+def _texts(node: Node) -> tuple[str, ...]:
+    found = node.sha256_set("texts")
+    if not found:
+        node.fail("texts", [], "the SHA-256 digest of at least one text")
+    return found
 
 
 def _refuse_rest(node: Node) -> None:

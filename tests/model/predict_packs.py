@@ -45,8 +45,8 @@ def make_predict_pack(
     layer = default_layer(score) if layer is None else layer
     each = tuple((layers or {}).get(index, layer) for index in range(manifest.layers))
     measured = any(one.density is not None for one in each)
-    text, tokens = (TEXT, 1000) if measured else (None, 0)
-    spec = PredictorSpec(score, selection, "none", None, text, tokens, each)
+    texts, tokens = ((TEXT,), 1000) if measured else ((), 0)
+    spec = PredictorSpec(score, selection, "none", None, texts, tokens, each)
     files = dict(manifest.files)
     if renamed:
         files[CONFIG] = rewrite(path / CONFIG, (path / CONFIG).read_bytes().replace(b'"relu"', b'"silu"'), FileDigest())

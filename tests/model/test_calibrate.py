@@ -27,7 +27,7 @@ from converter.text import TextTokenizer, read_ids
 from flashsparse.cli.calibrate import calibrate as command
 from flashsparse.errors import CheckpointError, ConvertError, UsageError
 from flashsparse.sparsity.calibration import DESCRIPTION, TENSORS, open_calibration, read_description
-from flashsparse.sparsity.texts import file_sha256, texts_sha256
+from flashsparse.sparsity.texts import file_sha256
 from tests.checkpoints import write_checkpoint
 
 DEMO = Path(flashsparse.__file__).parent / "demo_model"
@@ -76,7 +76,6 @@ def test_the_files(demo: Path) -> None:
     about = found.description
     assert (found.layers, about["tokens"], about["windows"], about["options"]["window"]) == (5, 300, 3, 128)
     assert about["texts"] == [{"name": "README.md", "sha256": file_sha256(TEXT), "tokens": 300}]
-    assert about["text_sha256"] == texts_sha256([TEXT])
     assert about["active"] == "act(g) != 0" and about["model"]["activation"] == {"name": "relu", "param": None}
     for name, facts in about["tensors"].items():
         assert facts["meaning"], name
@@ -355,7 +354,9 @@ def test_texts_that_cannot_be_used(source: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             calibrate(source, [tmp_path / name], out=tmp_path / "out", window=20)
     with pytest.raises(UsageError, match="tokens: found 2 for 2 texts"):
-        calibrate(source, 2 * [tmp_path / "short.txt"], out=tmp_path / "out", tokens=2)
+        calibrate(source, [tmp_path / "short.txt", words(tmp_path / "b.txt", 12)], out=tmp_path / "out", tokens=2)
+    with pytest.raises(UsageError, match=r"short\.txt: the same text as .*short\.txt, expected each text once"):
+        calibrate(source, 2 * [tmp_path / "short.txt"], out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="no text"):
         calibrate(source, [], out=tmp_path / "out")

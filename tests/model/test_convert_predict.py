@@ -32,7 +32,7 @@ from flashsparse.sparsity.judgement import LayerJudgement
 from flashsparse.sparsity.low_bit import LowBit
 from flashsparse.sparsity.selection import needed
 from flashsparse.sparsity.spec import LayerSpec
-from flashsparse.sparsity.texts import texts_sha256
+from flashsparse.sparsity.texts import file_sha256, refuse_same_text
 from flashsparse.sparsity.thresholds_file import ModelShape, Thresholds, write_thresholds
 from tests.model.test_calibrate import WORDS, tiny, words
 
@@ -90,7 +90,7 @@ def test_models(tmp_path: Path, text: Path, model: str, kind: str) -> None:
     assert (spec.score, spec.target, spec.target_value) == (
         {"exact-gate": "gate"}.get(kind, kind.replace("-", "_")), "value_recall", 0.98
     )  # fmt: skip
-    assert (spec.text_sha256, spec.tokens) == (texts_sha256([text]), TOKENS)
+    assert (spec.texts, spec.tokens) == ((file_sha256(text),), TOKENS)
     assert found.gate == ("full" if kind == "exact-gate" else "none")
     assert (PREDICTOR in found.files) == spec.has_tensors
     for layer in spec.layers:
@@ -173,7 +173,7 @@ def test_without_text(tmp_path: Path, model: str, kind: str, boundary: float) ->
     found = predict(tiny(tmp_path / "source", **MODELS[model]), tmp_path / "pack", predictor=kind)
     spec = found.predictor
     assert spec is not None
-    assert (spec.target, spec.target_value, spec.text_sha256, spec.tokens) == ("none", None, None, 0)
+    assert (spec.target, spec.target_value, spec.texts, spec.tokens) == ("none", None, (), 0)
     assert {layer.threshold for layer in spec.layers} == {boundary}
     assert {layer.density for layer in spec.layers} == {None}
 
@@ -229,7 +229,25 @@ def test_ppl_ratio(source: Path, tmp_path: Path, text: Path) -> None:
     with pytest.raises(UsageError, match="the texts hold 20 tokens, expected at least one window of 64"):
         predict(source, tmp_path / "short", words(tmp_path / "short.txt", 20))
     with pytest.raises(UsageError, match="--calibrate-tokens: found 2 for 2 texts"):
-        convert(source, tmp_path / "short", tier="predict", calibrate=[text, text], calibrate_tokens=2)
+        other = words(tmp_path / "other.txt", 70)
+        convert(source, tmp_path / "short", tier="predict", calibrate=[text, other], calibrate_tokens=2)
+
+
+def test_several_texts(source: Path, tmp_path: Path, text: Path) -> None:
+    other, again = words(tmp_path / "other.txt", 70), tmp_path / "again.txt"
+    options: dict[str, Any] = {"tier": "predict", "calibrate_window": WINDOW, "predictor": "exact-gate"}
+    for order in ([text, other], [other, text]):
+        found = Manifest.load(convert(source, tmp_path / "pack", calibrate=order, force=True, **options))
+        assert found.predictor is not None
+        assert found.predictor.texts == tuple(sorted([file_sha256(text), file_sha256(other)]))
+        for judged in order:
+            with pytest.raises(UsageError, match="the pack was calibrated on this text"):
+                refuse_same_text([judged], found.predictor.texts)
+    assert convert(source, tmp_path / "pack", calibrate=[other, text], resume=True, **options) == tmp_path / "pack"
+    again.write_bytes(text.read_bytes())
+    with pytest.raises(UsageError, match=r"again\.txt: the same text as .*text\.txt"):
+        convert(source, tmp_path / "twice", calibrate=[text, again], **options)
+    assert not (tmp_path / "twice").exists()
 
 
 def test_a_hidden_size_that_no_group_divides(tmp_path: Path) -> None:
@@ -259,7 +277,7 @@ def test_auto_sizes(source: Path, tmp_path: Path, text: Path) -> None:
 def thresholds(path: Path, quantity: str = "gate", activation: str = "relu", **model: Any) -> Path:
     metric = {"gate": "fat", "value": "pplp", "hidden": "teal"}[quantity]
     shape = ModelShape("llama", 64, 48, 2, activation)
-    found = Thresholds(quantity, metric, 0.1, replace(shape, **model), (0.25, 0.0), (0.3, 0.4), 1.01, "0" * 64, 100)
+    found = Thresholds(quantity, metric, 0.1, replace(shape, **model), (0.25, 0.0), (0.3, 0.4), 1.01, ("0" * 64,), 100)
     write_thresholds(path, found)
     return path
 
@@ -286,6 +304,7 @@ def test_thresholds_on_the_gate(
     for layer, threshold in zip(layers(measured), expected, strict=True):
         assert layer.threshold == threshold or (layer.every and threshold == 0)
     assert measured.predictor is not None and measured.predictor.tokens == TOKENS
+    assert measured.predictor.texts == ("0" * 64, file_sha256(text))  # neither may judge it
     assert all(layer.density is not None for layer in layers(measured))
 
 
@@ -295,7 +314,7 @@ def test_thresholds_on_values(source: Path, tmp_path: Path, quantity: str) -> No
     assert found.predictor is not None and found.predictor.score == "gate_up_copy"
     assert [layer.threshold for layer in layers(found)] == [0.25, 0.0]
     assert {layer.bits for layer in layers(found)} == {4}
-    assert (found.predictor.text_sha256, found.predictor.tokens) == ("0" * 64, 100)  # not to be judged on that text
+    assert (found.predictor.texts, found.predictor.tokens) == (("0" * 64,), 100)  # not to be judged on that text
     assert convert(source, tmp_path / "pack", tier="predict", thresholds=tmp_path / "t.json", resume=True) == found.path
     norms = read_tensor(read_header(found.predictor_path), "layers.0.down_norm")
     assert (norms == 1).all() == (quantity == "hidden")
@@ -396,7 +415,8 @@ def test_models_that_need_more(tmp_path: Path, text: Path) -> None:
 def test_command(source: Path, tmp_path: Path, text: Path) -> None:
     run = CliRunner().invoke
     arguments = [str(source), str(tmp_path / "pack"), "--tier", "predict", "--calibrate", str(text)]
-    done = run(command, [*arguments, "--calibrate-window", "64", "--calibrate", str(text), "--predictor-bits", "3"])
+    other = str(words(tmp_path / "other.txt", TOKENS, seed=1))
+    done = run(command, [*arguments, "--calibrate-window", "64", "--calibrate", other, "--predictor-bits", "3"])
     assert done.exit_code == 0, done.output
     for part in (
         "tier        predict",

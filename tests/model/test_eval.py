@@ -47,11 +47,12 @@ def exact(packs: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def predict(packs: Path) -> Path:
-    """The demo model with a 2-bit copy of each gate; it says that it was calibrated on OTHER_TEXT."""
+    """The demo model with a 2-bit copy of each gate; it says that it was calibrated on OTHER_TEXT and another."""
     path = convert(DEMO, packs / "predict", tier="dense")
     manifest = Manifest.load(path)
-    digest = hashlib.sha256(OTHER_TEXT.read_bytes()).hexdigest()
-    spec = PredictorSpec("gate_copy", "threshold", "none", None, digest, 1000, (LAYER,) * manifest.layers)
+    digests = (hashlib.sha256(OTHER_TEXT.read_bytes()).hexdigest(), "0" * 64)
+    texts = tuple(sorted(digests))
+    spec = PredictorSpec("gate_copy", "threshold", "none", None, texts, 1000, (LAYER,) * manifest.layers)
     entry = write_tensors(path / PREDICTOR, predictor_tensors(spec, DEMO, manifest))
     replace(manifest, tier="predict", predictor=spec, files=manifest.files | {PREDICTOR: entry}).write()
     return path
@@ -216,6 +217,8 @@ def test_what_is_refused(predict: Path, packs: Path, tmp_path: Path, capsys: pyt
     for texts in ((OTHER_TEXT,), (TEXT, OTHER_TEXT)):
         with pytest.raises(UsageError, match=r"CONTRIBUTING\.md: the pack was calibrated on this text"):
             run(capsys, "eval", predict, *(word for text in texts for word in ("--text", text)))
+    with pytest.raises(UsageError, match="the same text as"):
+        run(capsys, "eval", predict, "--text", TEXT, "--text", TEXT)
     for message, options in (
         ("context is 512 tokens", ("--window", "513")),
         ("--max-kv-size 100: expected 232", ("--window", "100", "--max-kv-size", "100")),

@@ -22,6 +22,7 @@ from flashsparse.cli.sparsity import sparsity
 from flashsparse.errors import ConvertError, UsageError
 from flashsparse.sparsity.activations import activate
 from flashsparse.sparsity.metrics import METRICS, Cett, top_k_mask
+from flashsparse.sparsity.texts import file_sha256
 from flashsparse.sparsity.thresholds_file import read_thresholds
 from tests.checkpoints import write_checkpoint
 from tests.model.packs import make_pack
@@ -248,7 +249,7 @@ def test_table_json_and_thresholds(source: Path, tmp_path: Path) -> None:
     assert (found.metric, found.quantity, found.arg, found.tokens) == ("cats", "gate", 0.5, 200)
     assert list(found.thresholds) == [layer["threshold"] for layer in report["layers"]]
     assert found.model.activation == "silu"
-    assert found.text_sha256 == report["text_sha256"]
+    assert list(found.texts) == report["texts"] == [file_sha256(CARD)]
 
 
 def test_pplp_takes_one_per_cent_unless_told(source: Path) -> None:
@@ -290,6 +291,7 @@ def test_a_calibration_is_drawn(tmp_path: Path, activation: str) -> None:
         (("--arg", "1.5"), "topk: found 1.5"),
         (("--arg", "0.5", "--window", "1000"), "at most 512"),
         (("--arg", "0.5", "--calibration-text", CARD), "given as --text too"),
+        (("--arg", "0.5", "--text", CARD), "the same text as"),
         (("--arg", "0.5", "--plot", "out.jpg"), "ends in .png"),
         (("--arg", "0.5", "--plot", "no-such-directory/out.png"), "no directory"),
         (("--statistics", DEMO), "neither SRC nor --text"),

@@ -216,7 +216,7 @@ def test_dead_neurons_fire_in_less_than_a_thousandth() -> None:
 
 
 THRESHOLDS = Thresholds(
-    "value", "pplp", 1.0, ModelShape("llama", 64, 96, 2, "silu"), (0.25, 0.0), (0.5, 1.0), 1.0099, "ab" * 32, 512
+    "value", "pplp", 1.0, ModelShape("llama", 64, 96, 2, "silu"), (0.25, 0.0), (0.5, 1.0), 1.0099, ("ab" * 32,), 512
 )
 
 
@@ -243,7 +243,10 @@ def test_a_thresholds_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"activation_ratio": [0.5, 1.5]}, r"activation_ratio\[1\].*<= 1"),
         ({"ppl_ratio": 0}, "ppl_ratio"),
         ({"tokens": 0}, "tokens"),
-        ({"text_sha256": "x"}, "text_sha256"),
+        ({"texts": ["x"]}, "texts: found 'x', expected 64 lower-case"),
+        ({"texts": "ab" * 32}, "texts.*a list"),
+        ({"texts": []}, r"texts: found \[\], expected the SHA-256 digest of at least one text"),
+        ({"texts": ["cd" * 32, "ab" * 32]}, "texts.*ascending order"),
         ({"model": {}}, "model"),
         ({"more": 1}, "more: found 1, expected no field of this name"),
     ],

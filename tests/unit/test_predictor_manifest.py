@@ -105,8 +105,14 @@ def test_tensors_of_every_score() -> None:
         ("predictor/target_value", None, "predictor.target_value: found None, expected a number > 0"),
         ("predictor/target_value", -0.5, "predictor.target_value: found -0.5"),
         ("predictor/target", "none", "predictor.target_value: found 0.98, expected null"),
-        ("predictor/text_sha256", "12", "predictor.text_sha256"),
-        ("predictor/text_sha256", None, "predictor.tokens: found 4096, expected 0"),
+        ("predictor/texts", None, "predictor.texts: found None, expected a list of SHA-256 digests"),
+        ("predictor/texts", [TEXT, "12"], "predictor.texts: found '12', expected 64 lower-case hexadecimal digits"),
+        ("predictor/texts", [TEXT, "AB" * 32], "predictor.texts: found 'ABAB"),
+        ("predictor/texts", [TEXT, None], "predictor.texts: found None"),
+        ("predictor/texts", [TEXT, TEXT], "in ascending order, each once"),
+        ("predictor/texts", ["cd" * 32, TEXT], "in ascending order, each once"),
+        ("predictor/text_sha256", TEXT, "unknown field predictor.text_sha256"),
+        ("predictor/texts", [], "predictor.tokens: found 4096, expected 0"),
         ("predictor/tokens", 0, "predictor.tokens: found 0"),
         ("predictor/tokens", -1, "predictor.tokens: found -1"),
         ("predictor/seed", 1, "unknown field predictor.seed"),
@@ -149,7 +155,7 @@ def test_refuses_nan_and_missing_fields(pack: Manifest) -> None:
 
 
 def test_refuses_numbers_without_a_text(pack: Manifest) -> None:
-    edit(pack, lambda body: body["predictor"].update(text_sha256=None, tokens=0))
+    edit(pack, lambda body: body["predictor"].update(texts=[], tokens=0))
     refused(pack, "predictor.layers[0].density: found 0.125, expected null without a calibration text")
 
 
@@ -224,7 +230,7 @@ def test_describe_counts_the_predictor(pack: Manifest) -> None:
     assert facts["bytes"]["predictor"] == pack.predictor_path.stat().st_size
     assert facts["bytes"]["total"] == sum(path.stat().st_size for path in pack.path.iterdir())
     predictor = facts["predictor"]
-    assert (predictor["bits"], predictor["ranks"], predictor["text_sha256"]) == ([2], [], TEXT)
+    assert (predictor["bits"], predictor["ranks"], predictor["texts"]) == ([2], [], [TEXT])
     assert predictor["density"] == {"least": 0.125, "mean": 0.125, "most": 0.125}
     activated = facts["activated_per_token"]
     assert activated["active_density"] == 0.125
@@ -236,7 +242,7 @@ def test_describe_counts_the_predictor(pack: Manifest) -> None:
 
 def test_describe_without_calibration(tmp_path: Path) -> None:
     layer = LayerSpec(bits=2, group_size=64, threshold=0.0)
-    made = spec(layers=(layer, layer), target="none", target_value=None, text_sha256=None, tokens=0)
+    made = spec(layers=(layer, layer), target="none", target_value=None, texts=(), tokens=0)
     facts = describe(write_pack(tmp_path / "pack", predictor=made, **SHAPE).path)
     assert facts["predictor"]["density"] is None and facts["predictor"]["calibrated_density"] is None
     assert [row["density"] for row in facts["activated_per_token"]["at_density"]] == [0.05, 0.1, 0.2]

@@ -305,7 +305,7 @@ def test_bytes_of_the_predicted_tokens(text: str, count: int | None) -> None:
 
 def record(**changes: Any) -> dict[str, Any]:
     found = evaluate(FakeEngine(), cut_windows(IDS, 10)).to_dict()  # type: ignore[arg-type]
-    return found | {"pack": "d" * 64, "text_sha256": "e" * 64, "window": 10} | changes
+    return found | {"pack": "d" * 64, "texts": ["e" * 64], "window": 10} | changes
 
 
 def test_the_record_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_record_is_the_same_for_the_same_figures(tmp_path: Path) -> None:
         ('{"version": 1, "pack": "other"}', "of another pack"),
         ('{"version": 1, "pack": "d", "tokens": 1}', "KeyError"),
         (json.dumps({"version": 1, "pack": "d"} | dict.fromkeys(SHOWN, "1")), "not a number"),
-        (json.dumps({"version": 1, "pack": "d"} | dict.fromkeys(SHOWN, 1)), "text_sha256 is missing"),
+        (json.dumps({"version": 1, "pack": "d"} | dict.fromkeys(SHOWN, 1)), "texts is missing"),
     ],
 )
 def test_records_that_are_not_used(text: str, problem: str, tmp_path: Path) -> None:

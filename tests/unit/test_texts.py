@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashsparse.errors import UsageError
-from flashsparse.sparsity.texts import file_sha256, read_texts, refuse_same_text, texts_sha256
+from flashsparse.sparsity.texts import file_sha256, read_texts, refuse_same_text, text_digests
 
 
 def files(folder: Path, *texts: str) -> list[Path]:
@@ -22,21 +22,25 @@ def test_digests(tmp_path: Path) -> None:
     one, two = files(tmp_path, "one", "two")
     digests = [hashlib.sha256(text).hexdigest() for text in (b"one", b"two")]
     assert [file_sha256(one), file_sha256(two)] == digests
-    joined = hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()
-    assert texts_sha256([one, two]) == texts_sha256([two, one]) == joined
-    assert texts_sha256([one]) != texts_sha256([one, one])
+    assert text_digests([one, two]) == text_digests([two, one]) == tuple(sorted(digests))
+    assert text_digests([]) == ()
 
 
-def test_the_calibration_text_is_refused(tmp_path: Path) -> None:
-    one, two, three = files(tmp_path, "one", "two", "three")
-    for seen in (file_sha256(one), texts_sha256([one])):
-        with pytest.raises(UsageError, match=r"0\.txt.*calibrated on this text"):
-            refuse_same_text([two, one], seen)
-        refuse_same_text([two, three], seen)
-    with pytest.raises(UsageError, match="calibrated on them"):
-        refuse_same_text([two, one], texts_sha256([one, two]))
-    refuse_same_text([one, three], texts_sha256([one, two]))
-    refuse_same_text([one], None)
+def test_a_text_given_twice_is_refused(tmp_path: Path) -> None:
+    one, two, again = files(tmp_path, "one", "two", "one")
+    for given in ([one, two, one], [one, two, again]):
+        with pytest.raises(UsageError, match=r"\.txt: the same text as .*0\.txt, expected each text once"):
+            text_digests(given)
+
+
+def test_every_calibration_text_is_refused(tmp_path: Path) -> None:
+    one, two, three, four = files(tmp_path, "one", "two", "three", "four")
+    seen = text_digests([one, two])
+    for given, name in (([one], "0"), ([two], "1"), ([three, two], "1"), ([one, two], "0")):
+        with pytest.raises(UsageError, match=rf"{name}\.txt.*calibrated on this text"):
+            refuse_same_text(given, seen)
+    refuse_same_text([three, four], seen)
+    refuse_same_text([one], ())
 
 
 def test_reading(tmp_path: Path) -> None:
@@ -49,7 +53,7 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
     with pytest.raises(UsageError, match="latin: not UTF-8 text"):
         read_texts([tmp_path / "latin"])
-    for use in (read_texts, texts_sha256):
+    for use in (read_texts, text_digests):
         with pytest.raises(UsageError, match=r"missing\.txt: cannot be read: No such file"):
             use([tmp_path / "missing.txt"])
         with pytest.raises(UsageError, match="cannot be read: Is a directory"):
