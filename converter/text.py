@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from flashsparse.errors import CheckpointError, UsageError
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PIECE_CHARS = 1 << 16  # of a text, encoded at once
+PACKED_BYTES = 2048  # decompressed at once: a zstandard block of 4 bytes may stand for 128 KiB
 
 
 @dataclass(frozen=True)
@@ -124,10 +125,41 @@ def _open(path: Path) -> Iterator[TextIO]:
             return
         zstandard = _zstandard(path)
         try:
-            with zstandard.ZstdDecompressor().stream_reader(raw) as plain:
-                yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
+            plain = io.BufferedReader(_Unpacked(path, raw, zstandard.ZstdDecompressor))
+            yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
         except zstandard.ZstdError as problem:
             raise UsageError(f"{path}: not zstandard data ({problem})") from problem
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of all zstandard frames of a file. Raises UsageError where the file ends within one."""
+
+    def __init__(self, path: Path, raw: BinaryIO, decompressor: Callable[[], Any]) -> None:
+        self._path, self._raw, self._decompressor = path, raw, decompressor
+        self._frame: Any = None  # the one that has begun and not ended
+        self._packed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._raw.read(PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise UsageError(
+                        f"{self._path}: ends within a zstandard frame (cut short?), expected the whole file"
+                    )
+                return 0
+            self._unpack()
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
+
+    def _unpack(self) -> None:
+        frame = self._frame or self._decompressor().decompressobj()
+        self._plain = frame.decompress(self._packed)
+        self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
 
 
 def _zstandard(path: Path) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -390,12 +389,21 @@ class ZstdError(Exception):
 def fake_zstandard() -> types.ModuleType:
     """The part of zstandard's interface that is used, over zlib: the package is not among the dependencies."""
 
-    class Decompressor:
-        def stream_reader(self, raw: io.BufferedReader) -> io.BytesIO:
+    class Frame:
+        def __init__(self) -> None:
+            self._frame = zlib.decompressobj()
+
+        def decompress(self, data: bytes) -> bytes:
             try:
-                return io.BytesIO(zlib.decompress(raw.read()))
+                return self._frame.decompress(data)
             except zlib.error as problem:
                 raise ZstdError(str(problem)) from None
+
+        eof = property(lambda self: self._frame.eof)
+        unused_data = property(lambda self: self._frame.unused_data)
+
+    class Decompressor:
+        decompressobj = Frame
 
     module = types.ModuleType("zstandard")
     module.ZstdDecompressor, module.ZstdError = Decompressor, ZstdError  # type: ignore[attr-defined]
@@ -410,9 +418,31 @@ def test_compressed_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     path.write_bytes(b"plain")
     with pytest.raises(UsageError, match=r"text\.zst: not zstandard data"):
         read_ids(tokenizer, [path], 9)
+    packed = zlib.compress(b"w1 w2\nw3 " * 1000)
+    path.write_bytes(2 * packed)  # two frames
+    assert len(read_ids(tokenizer, [path], 9999)[0]) == 6000
+    for end in (1, len(packed) - 1, len(packed) + 1, 2 * len(packed) - 1):
+        path.write_bytes((2 * packed)[:end])
+        with pytest.raises(UsageError, match=r"text\.zst: ends within a zstandard frame"):
+            read_ids(tokenizer, [path], 9999)
     monkeypatch.setitem(sys.modules, "zstandard", None)
     with pytest.raises(UsageError, match="pip install zstandard"):
         read_ids(tokenizer, [path], 9)
+
+
+def test_texts_compressed_by_zstandard(tmp_path: Path) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    path, tokenizer = tmp_path / "text.zst", TextTokenizer(by_word)
+    plain = "".join(f"w{n}\n" for n in np.random.default_rng(0).integers(0, WORDS, 50_000)).encode()
+    packed = zstandard.ZstdCompressor().compress(plain)
+    path.write_bytes(packed + packed)
+    assert len(read_ids(tokenizer, [path], 200_000)[0]) == 100_000
+    for end in (3, len(packed) // 2, len(packed) - 1, len(packed) + 5):
+        path.write_bytes((packed + packed)[:end])
+        with pytest.raises(UsageError, match=r"text\.zst: ends within a zstandard frame"):
+            read_ids(tokenizer, [path], 200_000)
+    path.write_bytes(packed[:-1])
+    assert len(read_ids(tokenizer, [path], 10)[0]) == 10  # read only as far as needed
 
 
 def run(*arguments: object) -> Any:
