@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import record_layout
+from flashsparse.pack.safetensors import check_storage
 
 if TYPE_CHECKING:
     from flashsparse.pack.layout import Quant
@@ -144,7 +145,7 @@ def resident_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
 
 
 def check_resident(manifest: Manifest, header: Header) -> None:
-    """Checks the names, types and shapes of the resident file, and what records hold, against the configuration.
+    """Checks names, types, shapes and order in the resident file, and what records hold, against the configuration.
 
     Matrices have the pack's float type or are quantized as `resident_quant` says; other tensors may be F32 too.
     Raises PackError naming the file and the tensor. Native code computes on these bytes without looking again.
@@ -171,6 +172,7 @@ def check_resident(manifest: Manifest, header: Header) -> None:
         raise PackError(
             f"{header.path}: tensor {listed(map(repr, unknown))}: found, expected no such tensor in this model"
         )
+    check_storage(header)
 
 
 def _check_record(m: Manifest) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import Quant
+from flashsparse.pack.safetensors import check_storage
 from flashsparse.sparsity.spec import optional_tensors, predictor_tensors
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def check_predictor(manifest: Manifest, header: Header) -> None:
-    """Raises PackError naming the file and the tensor that is missing, of another type or shape, or unknown."""
+    """Raises PackError naming file and tensor: one missing, of another type or shape, unknown or out of place."""
     assert manifest.predictor is not None
     expected = predictor_tensors(manifest.predictor, manifest.shape)
     optional = optional_tensors(expected)
@@ -36,6 +37,7 @@ def check_predictor(manifest: Manifest, header: Header) -> None:
     unknown = sorted(set(header.tensors) - set(expected))
     if unknown:
         raise PackError(f"{header.path}: tensor {listed(map(repr, unknown))}: found, expected no such tensor")
+    check_storage(header)
 
 
 def predictor_quant(manifest: Manifest) -> Mapping[str, Quant]:

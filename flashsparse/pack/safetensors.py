@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from flashsparse.errors import CheckpointError, FlashSparseError
+from flashsparse.errors import CheckpointError, FlashSparseError, PackError
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own cap
 MAX_TENSOR_BYTES = 2**63 - 1
@@ -206,6 +206,22 @@ def read_tensor(header: Header, name: str, start: int = 0, rows: int | None = No
 def storage_order(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[str]:
     """Names sorted by item size, largest first, then by name: every tensor is naturally aligned without holes."""
     return sorted(tensors, key=lambda name: (-ITEM_BYTES[tensors[name][0]], name))
+
+
+def check_storage(header: Header) -> None:
+    """What packs promise of the files that hold their tensors: data begins at a multiple of ALIGN, in `storage_order`.
+
+    Raises PackError naming the file, and the first tensor that is out of place.
+    """
+    if header.data_offset % ALIGN:
+        raise PackError(f"{header.path}: found data at byte {header.data_offset}, expected a multiple of {ALIGN}")
+    order = storage_order({name: (info.dtype, info.shape) for name, info in header.tensors.items()})
+    for found, expected in zip(header.tensors, order, strict=True):
+        if found != expected:
+            raise PackError(
+                f"{header.path}: tensor {found!r}: found where {expected!r} belongs, expected tensors sorted by item "
+                "size, largest first, then by name"
+            )
 
 
 def header_bytes(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import pytest
 import flashsparse
 from flashsparse.errors import PackError
 from flashsparse.pack.manifest import canonical_json
-from flashsparse.pack.safetensors import header_bytes, read_header, storage_order
+from flashsparse.pack.safetensors import ALIGN, header_bytes, read_header, storage_order
 from tests.model.packs import make_pack
 
 Tensor = tuple[str, tuple[int, ...], bytes]
@@ -74,13 +74,18 @@ def sign(pack: Path, change: Callable[[dict[str, Any]], Any] | None = None) -> N
     (pack / "pack.json").write_text(canonical_json(body))
 
 
-def edit_tensors(pack: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+def edit_tensors(
+    pack: Path,
+    change: Callable[[dict[str, Tensor]], Any],
+    order: Callable[[Mapping[str, tuple[str, tuple[int, ...]]]], list[str]] = storage_order,
+    align: int = ALIGN,
+) -> None:
     path = pack / "resident.safetensors"
     data = path.read_bytes()
     tensors = {n: (t.dtype, t.shape, data[t.begin : t.end]) for n, t in read_header(path).tensors.items()}
     change(tensors)
-    shapes = {name: tensors[name][:2] for name in storage_order({n: t[:2] for n, t in tensors.items()})}
-    path.write_bytes(header_bytes(shapes) + b"".join(tensors[name][2] for name in shapes))
+    shapes = {name: tensors[name][:2] for name in order({n: t[:2] for n, t in tensors.items()})}
+    path.write_bytes(header_bytes(shapes, align) + b"".join(tensors[name][2] for name in shapes))
     sign(pack)
 
 
@@ -147,6 +152,15 @@ def test_wrong_shapes(copy: Callable[[str], Path], kind: str, names: list[str]) 
     pack = copy(kind)
     edit_tensors(pack, cut(*names))
     refused(pack, "resident.safetensors", f"{names[0].rsplit('.', 1)[0]}.", "found", "expected")
+
+
+@pytest.mark.parametrize("kind", ["plain", "quantized", "opt"])
+def test_tensors_out_of_place(copy: Callable[[str], Path], kind: str) -> None:
+    pack = copy(kind)
+    edit_tensors(pack, lambda tensors: None, lambda shapes: storage_order(shapes)[::-1])
+    refused(pack, "resident.safetensors: tensor ", " belongs, expected tensors sorted by item size")
+    edit_tensors(pack, lambda tensors: None, align=64)
+    refused(pack, "resident.safetensors: found data at byte ", "expected a multiple of 16384")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -205,6 +205,22 @@ def test_tensors_are_checked_by_name_type_and_shape(pack: Manifest) -> None:
     check(pack, tensors | {"layers.2.gate.scales": ("F16", (6, 2))}, r"layers\.2\.gate\.scales'.*no such tensor")
 
 
+def test_tensors_lie_in_order_at_a_page(pack: Manifest) -> None:
+    assert pack.predictor is not None
+    tensors = predictor_tensors(pack.predictor, pack.shape)
+    order = storage_order(tensors)
+    size = pack.predictor_path.stat().st_size - 16384
+    gates = ("layers.1.gate.weight", "layers.0.gate.weight")
+    for names, align, message in (
+        (order, 64, r"predictor\.safetensors: found data at byte \d+, expected a multiple of 16384"),
+        ([*gates, *order[2:]], 16384, r"'layers\.1\.gate\.weight': found where 'layers\.0\.gate\.weight' belongs"),
+        ([*order[2:], *order[:2]], 16384, r"'layers\.0\.gate\.biases': found where .* belongs, .*largest first"),
+    ):
+        pack.predictor_path.write_bytes(header_bytes({name: tensors[name] for name in names}, align) + bytes(size))
+        with pytest.raises(PackError, match=message):
+            check_predictor(pack, read_header(pack.predictor_path, PackError))
+
+
 def test_a_low_rank_predictor_may_lack_its_bias(tmp_path: Path) -> None:
     pack = write_pack(tmp_path / "pack", predictor=spec("low_rank"), **SHAPE)
     assert pack.predictor is not None
