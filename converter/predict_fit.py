@@ -93,12 +93,13 @@ class Recipe:
         return max(SMALLEST, _float32(param or 0.0)) if self.score != "gate_up_copy" else SMALLEST
 
     def _from_file(self, name: str, param: float | None, threshold: float) -> float:
-        """A threshold on |act(g)| or on the value, as one on scores (raw pre-activations but for silu)."""
-        if self.score == "gate_up_copy" or name == "silu":
-            return _float32(threshold)
-        if name == "relu2":
-            return max(SMALLEST, _float32(math.sqrt(threshold)))
-        return max(SMALLEST, _float32(max(threshold, param or 0.0)))
+        """A threshold on |act(g)| or on the value, as one on scores (raw pre-activations but for silu).
+
+        It skips exact zeros, as `sparsity` does, where the activation has them.
+        """
+        if self.score != "gate_up_copy" and name != "silu":
+            threshold = math.sqrt(threshold) if name == "relu2" else max(threshold, param or 0.0)
+        return _float32(threshold) if name == "silu" else max(SMALLEST, _float32(threshold))
 
 
 def _float32(value: float) -> float:

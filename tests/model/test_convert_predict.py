@@ -309,15 +309,25 @@ def test_thresholds_on_the_gate(
 
 
 @pytest.mark.parametrize("quantity", ["value", "hidden"])
-def test_thresholds_on_values(source: Path, tmp_path: Path, quantity: str) -> None:
-    found = predict(source, tmp_path / "pack", thresholds=thresholds(tmp_path / "t.json", quantity))
+@pytest.mark.parametrize("activation", ["relu", "relu2", "silu"])
+def test_thresholds_on_values(tmp_path: Path, activation: str, quantity: str) -> None:
+    source = tiny(tmp_path / "source", activation=activation)
+    found = predict(source, tmp_path / "pack", thresholds=thresholds(tmp_path / "t.json", quantity, activation))
     assert found.predictor is not None and found.predictor.score == "gate_up_copy"
-    assert [layer.threshold for layer in layers(found)] == [0.25, 0.0]
+    assert [layer.threshold for layer in layers(found)] == [0.25, 0.0 if activation == "silu" else SMALLEST]
     assert {layer.bits for layer in layers(found)} == {4}
     assert (found.predictor.texts, found.predictor.tokens) == (("0" * 64,), 100)  # not to be judged on that text
     assert convert(source, tmp_path / "pack", tier="predict", thresholds=tmp_path / "t.json", resume=True) == found.path
     norms = read_tensor(read_header(found.predictor_path), "layers.0.down_norm")
     assert (norms == 1).all() == (quantity == "hidden")
+
+
+def test_a_threshold_of_zero_skips_exact_zeros(source: Path, tmp_path: Path, text: Path) -> None:
+    """As `sparsity` counts: a layer whose value threshold is 0 is not computed whole."""
+    file = thresholds(tmp_path / "t.json", "value")
+    found = predict(source, tmp_path / "pack", text, thresholds=file)
+    density = layers(found)[1].density
+    assert not layers(found)[1].every and density is not None and 0 < density < 0.9
 
 
 def test_thresholds_of_another_model(source: Path, tmp_path: Path) -> None:
