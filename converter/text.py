@@ -5,20 +5,17 @@ Code in a checkpoint is never run. Digests of texts are in `flashsparse.sparsity
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 
 from flashsparse.errors import CheckpointError, UsageError
+from flashsparse.sparsity.texts import open_text
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 PIECE_CHARS = 1 << 16  # of a text, encoded at once
-PACKED_BYTES = 2048  # decompressed at once: a zstandard block of 4 bytes may stand for 128 KiB
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def _pieces(path: Path) -> Iterator[str]:
     """The text in pieces of about PIECE_CHARS that end after a line, or a word where lines are long."""
     empty, rest = True, ""
     try:
-        with _open(path) as text:
+        with open_text(path) as text:
             while part := text.read(PIECE_CHARS):
                 if "\0" in part:
                     raise UsageError(f"{path}: holds NUL characters, expected UTF-8 text")
@@ -114,59 +111,3 @@ def _pieces(path: Path) -> Iterator[str]:
         raise UsageError(f"{path}: is empty, expected text")
     if rest:
         yield rest
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 text, decompressed when its name ends in .zst. Newlines stay as they are."""
-    with open(path, "rb") as raw:
-        if path.suffix != ".zst":
-            yield io.TextIOWrapper(raw, encoding="utf-8", newline="")
-            return
-        zstandard = _zstandard(path)
-        try:
-            plain = io.BufferedReader(_Unpacked(path, raw, zstandard.ZstdDecompressor))
-            yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
-        except zstandard.ZstdError as problem:
-            raise UsageError(f"{path}: not zstandard data ({problem})") from problem
-
-
-class _Unpacked(io.RawIOBase):
-    """The bytes of all zstandard frames of a file. Raises UsageError where the file ends within one."""
-
-    def __init__(self, path: Path, raw: BinaryIO, decompressor: Callable[[], Any]) -> None:
-        self._path, self._raw, self._decompressor = path, raw, decompressor
-        self._frame: Any = None  # the one that has begun and not ended
-        self._packed = self._plain = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._plain:
-            self._packed = self._packed or self._raw.read(PACKED_BYTES)
-            if not self._packed:
-                if self._frame is not None:
-                    raise UsageError(
-                        f"{self._path}: ends within a zstandard frame (cut short?), expected the whole file"
-                    )
-                return 0
-            self._unpack()
-        count = min(len(buffer), len(self._plain))
-        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
-        return count
-
-    def _unpack(self) -> None:
-        frame = self._frame or self._decompressor().decompressobj()
-        self._plain = frame.decompress(self._packed)
-        self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
-
-
-def _zstandard(path: Path) -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise UsageError(
-            f"{path}: reading .zst needs the package zstandard; pip install zstandard, or decompress it"
-        ) from None
-    return zstandard

@@ -6,13 +6,17 @@ A predictor must not be judged on texts that it was calibrated on, so that packs
 from __future__ import annotations
 
 import hashlib
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
 
 from flashsparse.errors import UsageError
 
 PathLike = str | os.PathLike[str]
+PACKED_BYTES = 2048  # decompressed at once: a zstandard block of 4 bytes may stand for 128 KiB
 
 
 def file_sha256(path: PathLike) -> str:
@@ -46,7 +50,7 @@ def refuse_same_text(paths: Sequence[PathLike], calibrated_on: Sequence[str]) ->
 
 
 def read_texts(paths: Sequence[PathLike], characters: int | None = None) -> str:
-    """The files' UTF-8 text, one after the other, at most `characters` of it.
+    """The files' UTF-8 text (.zst: decompressed), one after the other, at most `characters` of it.
 
     Raises UsageError for a file that cannot be read or is not UTF-8, and when there is no text at all.
     """
@@ -54,7 +58,7 @@ def read_texts(paths: Sequence[PathLike], characters: int | None = None) -> str:
     left = characters
     for path in paths:
         try:
-            with open(path, encoding="utf-8", newline="") as file:
+            with open_text(path) as file:
                 parts.append(file.read(-1 if left is None else left))
         except OSError as error:
             raise _unreadable(path, error) from error
@@ -67,6 +71,56 @@ def read_texts(paths: Sequence[PathLike], characters: int | None = None) -> str:
     if not text:
         raise UsageError(f"{', '.join(str(Path(path)) for path in paths)}: no text, expected at least one character")
     return text
+
+
+@contextmanager
+def open_text(path: PathLike) -> Iterator[TextIO]:
+    """A UTF-8 text, decompressed when its name ends in .zst. Newlines stay as they are.
+
+    Reading raises OSError, UnicodeDecodeError, and UsageError for a file that is not whole zstandard frames.
+    """
+    with open(path, "rb") as raw:
+        if Path(path).suffix != ".zst":
+            yield io.TextIOWrapper(raw, encoding="utf-8", newline="")
+            return
+        import zstandard
+
+        try:
+            plain = io.BufferedReader(_Unpacked(path, raw, zstandard.ZstdDecompressor))
+            yield io.TextIOWrapper(plain, encoding="utf-8", newline="")
+        except zstandard.ZstdError as problem:
+            raise UsageError(f"{path}: not zstandard data ({problem})") from problem
+
+
+class _Unpacked(io.RawIOBase):
+    """The bytes of all zstandard frames of a file. Raises UsageError where the file ends within one."""
+
+    def __init__(self, path: PathLike, raw: BinaryIO, decompressor: Callable[[], Any]) -> None:
+        self._path, self._raw, self._decompressor = path, raw, decompressor
+        self._frame: Any = None  # the one that has begun and not ended
+        self._packed = self._plain = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            self._packed = self._packed or self._raw.read(PACKED_BYTES)
+            if not self._packed:
+                if self._frame is not None:
+                    raise UsageError(
+                        f"{self._path}: ends within a zstandard frame (cut short?), expected the whole file"
+                    )
+                return 0
+            self._unpack()
+        count = min(len(buffer), len(self._plain))
+        buffer[:count], self._plain = self._plain[:count], self._plain[count:]
+        return count
+
+    def _unpack(self) -> None:
+        frame = self._frame or self._decompressor().decompressobj()
+        self._plain = frame.decompress(self._packed)
+        self._frame, self._packed = (None, frame.unused_data) if frame.eof else (frame, b"")
 
 
 def _unreadable(path: PathLike, error: OSError) -> UsageError:

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from flashsparse.errors import UsageError
 from flashsparse.sparsity.texts import file_sha256, read_texts, refuse_same_text, text_digests
@@ -61,3 +62,14 @@ def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     with pytest.raises(UsageError, match="empty: no text"):
         read_texts([tmp_path / "empty"])
+
+
+def test_compressed_texts_read_as_plain_ones(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "a.txt", tmp_path / "a.zst"
+    plain.write_bytes("zwölf\r\nmice\n".encode())
+    packed.write_bytes(zstandard.ZstdCompressor().compress(plain.read_bytes()))
+    assert read_texts([packed]) == read_texts([plain])
+    assert read_texts([packed, plain], 16) == read_texts([plain, plain], 16)
+    packed.write_bytes(packed.read_bytes()[:-1])
+    with pytest.raises(UsageError, match=r"a\.zst: ends within a zstandard frame"):
+        read_texts([packed])
