@@ -50,6 +50,7 @@ class Recipe:
     lr: float = 2e-3
     l1: float = 0.05
     l1_start: float = 0.45
+    gate_noise: float = 0.0
     stories_start: float = 0.75
     stories_share: float = 0.7
     seed: int = 0
@@ -102,16 +103,25 @@ def encode(tokenizer: Tokenizer, path: Path, cache: Path) -> np.ndarray:
 
 
 class Pressure:
-    """Collects each FFN's mean |intermediate| so that the loss can push it down."""
+    """Collects each FFN's mean |intermediate| so that the loss can push it down, and drops neurons that barely fire.
 
-    def __init__(self, model: LlamaForCausalLM) -> None:
+    `noise`: Gaussian noise, as a share of the layer's standard deviation, on the decision whether a gate is open, never
+    on its value: a neuron near its boundary is dropped at random, so that no single one of them comes to matter (the
+    idea of noisy gating, arXiv 1701.06538 section 2.1).
+    """
+
+    def __init__(self, model: LlamaForCausalLM, noise: float = 0.0) -> None:
+        self.noise = noise
         self.terms: list[torch.Tensor] = []
         for layer in model.model.layers:
             layer.mlp.forward = self._forward(layer.mlp)
 
     def _forward(self, mlp: Any) -> Callable[[torch.Tensor], torch.Tensor]:
         def forward(x: torch.Tensor) -> torch.Tensor:
-            hidden = mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)
+            gate = mlp.gate_proj(x)
+            hidden = mlp.act_fn(gate) * mlp.up_proj(x)
+            if self.noise:
+                hidden = hidden * (gate + self.noise * gate.std() * torch.randn_like(gate) > 0)
             self.terms.append(hidden.abs().mean())
             return mlp.down_proj(hidden)
 
@@ -269,7 +279,7 @@ def train(recipe: Recipe, tokenizer: Tokenizer) -> tuple[LlamaForCausalLM, dict[
     stories = encode(tokenizer, recipe.stories, recipe.work / "stories.npy")
     print(f"books {len(books):,} tokens, stories {len(stories):,} tokens", flush=True)
     model, batches = make_model(recipe), Batches(recipe, books, stories)
-    pressure = Pressure(model)
+    pressure = Pressure(model, recipe.gate_noise)
 
     def step(inputs: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = model(input_ids=inputs, use_cache=False).logits
