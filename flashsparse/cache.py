@@ -14,6 +14,8 @@ import numpy.typing as npt
 
 Ints = npt.NDArray[np.int32]
 
+RECORD_BYTES = 4  # of a table without pins, for each record of the layer: its slot
+SLOT_BYTES = 36  # for each slot, at most: begin, record, key, a copy of the keys, and its place in the queue
 _PINNED = np.int64(1 << 61)  # added to a pinned record's key, so that pins are victims only when nothing else is left
 _LOCKED = np.int64((1 << 63) - 1)  # key of a slot that the open round uses
 

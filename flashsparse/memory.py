@@ -218,6 +218,7 @@ def make_plan(
     records: int,
     layers: int,
     slot_bytes: int,
+    table_bytes: int = 0,
     floor_slots: int = 64,
     expected_density: float = 0.12,
     predictor: int = 0,
@@ -228,7 +229,8 @@ def make_plan(
 
     Bytes; `context_limit` and `max_kv_size` in tokens; `records` per layer. Without `max_kv_size` the KV cache takes
     what leaves room for one token's set (`expected_density`) in every layer. `floor_slots=0`: the layers are streamed,
-    without slots. `predictor`: the part of `resident` that the predictor is.
+    without slots. `predictor`: the part of `resident` that the predictor is. `table_bytes`: what a slot costs beside
+    its `slot_bytes`, counted into the plan's overhead.
 
     With `densities` (the share of each layer's records that a token needs) slots are divided in proportion to them,
     else equally. The layers `whole` need all of their records for each token: they get all slots, before the others get
@@ -237,19 +239,19 @@ def make_plan(
     """
     if max_kv_size is not None and not 1 <= max_kv_size <= context_limit:
         raise UsageError(f"--max-kv-size {max_kv_size} is not between 1 and {context_limit}, the model's context")
-    fixed = resident + scratch + overhead
+    fixed, each = resident + scratch + overhead, slot_bytes + table_bytes
     sizes = _SlotSizes.of(records, layers, floor_slots, densities, expected_density, whole)
     context = max_kv_size or min(MIN_CONTEXT, context_limit)
-    floor = fixed + context * kv_bytes_per_token + sum(sizes.least) * slot_bytes
+    floor = fixed + context * kv_bytes_per_token + sum(sizes.least) * each
     if budget < floor:
         least_bytes = sum(sizes.least) * slot_bytes
         raise _below_floor(budget, floor, resident, context * kv_bytes_per_token, context, least_bytes)
-    sizes.keep_whole((budget - floor) // slot_bytes)
+    sizes.keep_whole((budget - floor) // each)
     if max_kv_size is None:
-        room = budget - fixed - sum(sizes.wanted) * slot_bytes
+        room = budget - fixed - sum(sizes.wanted) * each
         context = max(context, _context_for(room, kv_bytes_per_token, context_limit))
     kv = context * kv_bytes_per_token
-    slots = sizes.divide((budget - fixed - kv) // slot_bytes)
+    slots = sizes.divide((budget - fixed - kv) // each)
     return MemoryPlan(
         budget=budget,
         runtime=runtime,
@@ -257,11 +259,11 @@ def make_plan(
         kv=kv,
         max_kv_size=context,
         scratch=scratch,
-        overhead=overhead,
+        overhead=overhead + sum(slots) * table_bytes,
         slots=slots,
         slot_bytes=slot_bytes,
         slots_bytes=sum(slots) * slot_bytes,
-        needs_all=fixed + (max_kv_size or context_limit) * kv_bytes_per_token + layers * sizes.most * slot_bytes,
+        needs_all=fixed + (max_kv_size or context_limit) * kv_bytes_per_token + layers * sizes.most * each,
         floor=floor,
         records=records,
         predictor=predictor,

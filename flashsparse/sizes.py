@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashsparse import memory
+from flashsparse.cache import RECORD_BYTES, SLOT_BYTES
 from flashsparse.pack.safetensors import ALIGN
 from flashsparse.sparsity.predictors import scratch_sizes
 
@@ -65,12 +66,13 @@ class Sizes:
             "max_kv_size": max_kv_size,
             "context_limit": int(m.config["max_position_embeddings"]),
             "overhead": PROCESS_BYTES
-            + LAYER_BYTES * m.layers
+            + (LAYER_BYTES + (RECORD_BYTES * m.intermediate_size if floor else 0)) * m.layers
             + THREAD_BYTES * (self.io_threads + self.threads)
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
             "records": m.intermediate_size,
             "layers": m.layers,
             "slot_bytes": self._slot_bytes(),
+            "table_bytes": SLOT_BYTES,
             "floor_slots": floor,
             "densities": densities if densities and None not in densities and slots is None else None,
             "whole": [index for index, layer in enumerate(layers) if layer.every],

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import flashsparse
+from flashsparse.cache import SLOT_BYTES
 from flashsparse.engine import Engine
 from flashsparse.pack.manifest import PREDICTOR, Manifest
 from flashsparse.pack.safetensors import read_header, read_tensor
@@ -219,7 +220,7 @@ def test_a_layer_computed_whole_stays_in_memory_when_it_fits(tmp_path: Path) -> 
         assert engine.plan.slots == (0, 64, 64)
         expected = feed(engine)
         small = engine.plan.budget
-        record = engine.plan.slot_bytes
+        record = engine.plan.slot_bytes + SLOT_BYTES
     with flashsparse.load(path, dram=small + 640 * record, max_kv_size=512) as engine:
         assert engine.plan.slots[0] == 512 and min(engine.plan.slots[1:]) >= 64
         assert np.array_equal(feed(engine), expected)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flashsparse import cache
-from flashsparse.cache import Round, SlotTable
+from flashsparse.cache import RECORD_BYTES, SLOT_BYTES, Round, SlotTable
 
 RECORDS = 24
 requests = st.sets(st.integers(0, RECORDS - 1)).map(sorted)
@@ -189,6 +189,19 @@ def test_recent_is_the_window() -> None:
         run_all(table, wanted)
     assert table.recent().tolist() == [1, 3]  # the step that has just begun, and the one before
     assert table.resident().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("slots", [1, 40, 1000])
+def test_a_table_takes_the_bytes_that_the_memory_plan_counts(slots: int) -> None:
+    table, limit = SlotTable(4000, slots), RECORD_BYTES * 4000 + SLOT_BYTES * slots
+    most = 0
+    for step in range(8):  # few records, and as many as there are: the queue is short, and holds every slot
+        for wanted in (range(step, 4000, 400), range(step % 2, 4000, 2)):
+            run_all(table, list(wanted))
+            arrays = (value for value in vars(table).values() if isinstance(value, np.ndarray))
+            owned = {id(one): one for one in (array if array.base is None else array.base for array in arrays)}
+            most = max(most, sum(array.nbytes for array in owned.values()))
+    assert limit - 16 * slots <= most <= limit
 
 
 def test_counts_hits_and_misses() -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 from flashsparse import errors, memory
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError
+from flashsparse.sizes import Sizes
+from tests.unit.tiny_pack import write_pack
 
 GB = 1_000_000_000
 
@@ -196,15 +199,15 @@ def test_plan_of_streamed_layers_has_no_slots() -> None:
 @given(
     extra=st.integers(0, 30_000_000), records=st.integers(1, 500), layers=st.integers(1, 6),
     context=st.integers(1, 900), kv=st.integers(0, 9000), density=st.floats(0, 1),
-    given_context=st.none() | st.integers(1, 900),
+    given_context=st.none() | st.integers(1, 900), table=st.integers(0, 90),
 )  # fmt: skip
 def test_plan_never_exceeds_its_budget(
-    extra: int, records: int, layers: int, context: int, kv: int, given_context: int | None, density: float
+    extra: int, records: int, layers: int, context: int, kv: int, given_context: int | None, density: float, table: int
 ) -> None:
     shape = {
         "runtime": 1, "resident": 1000, "kv_bytes_per_token": kv, "context_limit": context, "scratch": 10,
         "max_kv_size": None if given_context is None else min(given_context, context), "overhead": 5,
-        "records": records, "layers": layers, "slot_bytes": 640, "expected_density": density,
+        "records": records, "layers": layers, "slot_bytes": 640, "expected_density": density, "table_bytes": table,
     }  # fmt: skip
     with pytest.raises(BudgetError) as caught:
         memory.make_plan(budget=0, **shape)
@@ -212,6 +215,26 @@ def test_plan_never_exceeds_its_budget(
     assert plan.unused >= 0 and min(64, records) <= plan.slots[0] <= records
     assert min(256, context) <= plan.max_kv_size <= context or plan.max_kv_size == shape["max_kv_size"]
     assert plan.budget <= plan.needs_all or plan.slots[0] == records
+
+
+def test_what_slots_cost_beside_their_bytes_is_overhead() -> None:
+    plain = memory.make_plan(budget=9 * GB, **(SHAPE | {"max_kv_size": 512}))
+    plan = memory.make_plan(budget=9 * GB, table_bytes=36, **(SHAPE | {"max_kv_size": 512}))
+    assert plan.overhead == 50_000_000 + 36 * sum(plan.slots) and plan.slots_bytes == sum(plan.slots) * 17_408
+    assert 0 <= plan.unused < 32 * (17_408 + 36)
+    assert plan.floor - plain.floor == 36 * 32 * 64 and plan.needs_all - plain.needs_all == 36 * 32 * 11008
+    assert memory.make_plan(budget=plan.floor, table_bytes=36, **(SHAPE | {"max_kv_size": 512})).unused == 0
+
+
+def test_the_overhead_grows_with_records_and_slots(tmp_path: Path) -> None:
+    def overhead(records: int, slots: int, tier: str = "exact") -> int:
+        pack = write_pack(tmp_path / f"{records}", intermediate_size=records)
+        files: list[Any] = [SimpleNamespace(sector=512, direct=False)]
+        return Sizes(pack, files, tier, 1, 1).plan(0, None, 64, slots)[0].overhead
+
+    assert overhead(512, 100) - overhead(256, 100) == 4 * 256 * 2  # 4 bytes for each record of two layers
+    assert overhead(512, 300) - overhead(512, 100) == 36 * 200 * 2  # 36 for each slot
+    assert overhead(512, 0, "dense") == overhead(256, 0, "dense") == overhead(256, 1) - 2 * (4 * 256 + 36)
 
 
 def test_plan_describes_itself() -> None:
