@@ -20,7 +20,8 @@ MAIN = "from flashsparse.cli import main; main()"
 # Stops at a file, as a user does with Ctrl-C, and waits there.
 SLOW = (
     """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with the signal ignored
 import converter.journal as journal
 add = journal.Journal.add_file
 def slow(self, name, entry):
