@@ -16,6 +16,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # A change to any of these builds and installs the package again; Python files are used in place.
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard flashsparse/native/src/*)
 
+# The tests' matrices are tiny: a BLAS that spreads them over threads spends its time waiting for itself.
+test smoke test-slow test-reference: export OPENBLAS_NUM_THREADS := 1
+
 .PHONY: demo test smoke test-slow check format test-reference clean
 
 demo: $(VENV)/.package
