@@ -87,10 +87,10 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     """Raises UsageError when a figure could not be drawn to `path`: before the work, not after it."""
     if Path(path).suffix.lower() not in UNDATED:
         raise UsageError(f"{path}: expected a name that ends in {', '.join(UNDATED)}")
-    if find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib: pip install 'flashsparse[plot]'")
     if not Path(path).absolute().parent.is_dir():
         raise UsageError(f"{path}: {Path(path).parent} is no directory")
+    if find_spec("matplotlib") is None:
+        raise UsageError("plots need matplotlib: pip install 'flashsparse[plot]'")
 
 
 def new_figure(panels: int) -> tuple[Any, list[Any]]:
