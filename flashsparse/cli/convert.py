@@ -77,7 +77,7 @@ def convert(
 
     SRC is a checkpoint directory or a Hugging Face repository id (OWNER/NAME), DST the pack to make.
     """
-    from converter import convert as run
+    from converter.convert import convert as run
     from flashsparse.pack.manifest import Manifest
 
     try:

@@ -103,7 +103,7 @@ def convert_once(source: Path | str, target: Path) -> Path:
     """Convert into `target` unless it is there already; an interrupted run continues, concurrent ones wait."""
     if is_pack(target):
         return target
-    from converter import convert
+    from converter.convert import convert
 
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f"{target.name}.lock")):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import converter.publish as publish
-from converter import convert
+from converter.convert import convert
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.verify import verify
 from tests.checkpoints import write_checkpoint

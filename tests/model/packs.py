@@ -12,7 +12,7 @@ SHAPE: dict[str, Any] = {"hidden": 64, "intermediate": 512, "layers": 3, "heads"
 
 def make_pack(root: Path, name: str = "pack", *, bits: int = 16, tier: str = "auto", **checkpoint: Any) -> Path:
     """A pack converted from a random checkpoint of SHAPE, with the given differences."""
-    from converter import convert
+    from converter.convert import convert
 
     source = root / f"{name}-source"
     source.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ class PredictScenario(Scenario):
     """A conversion to a new pack, with a calibration on a short text."""
 
     def __init__(self, work: Path, target: str) -> None:
-        from converter import convert
+        from converter.convert import convert
 
         self.work, self.name, self.dst = work, "predict", work / "pack"
         self.old, self.force = None, False

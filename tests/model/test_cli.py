@@ -90,7 +90,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from converter import convert
+    from converter.convert import convert
 
     return convert(checkpoint, tmp_path_factory.mktemp("packs") / "model")
 
@@ -98,7 +98,7 @@ def pack(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bare_pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pack without a tokenizer."""
-    from converter import convert
+    from converter.convert import convert
 
     return convert(read(CASE).folder, tmp_path_factory.mktemp("packs") / "bare")
 

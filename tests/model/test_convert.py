@@ -15,7 +15,7 @@ import pytest
 
 import converter.bundles
 import converter.resident
-from converter import convert
+from converter.convert import convert
 from converter.source import TOKENIZER_FILES
 from flashsparse.errors import CheckpointError, UnsupportedModelError
 from flashsparse.pack.manifest import Manifest

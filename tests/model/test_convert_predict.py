@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from converter import convert
+from converter.convert import convert
 from converter.model import open_model
 from converter.predict_fit import GRID, SMALLEST, LayerResult
 from converter.predict_target import at_recall, meet_density_ratio

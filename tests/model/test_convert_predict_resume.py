@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from converter import convert
+from converter.convert import convert
 from flashsparse.errors import ConvertError, UsageError
 from tests.model.convert_kills import CALLS
 from tests.model.test_calibrate import files, tiny, words

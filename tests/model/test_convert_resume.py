@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 import converter.publish
-from converter import convert
-from converter.convert import staging_directory
+from converter.convert import convert, staging_directory
 from converter.disk import swap
 from converter.journal import Journal
 from converter.publish import Staging
@@ -400,7 +399,8 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, bits: int) -> 
     source = write_checkpoint(tmp_path / "source", dtype="F16", **shape)
     code = (
         "import sys, mlx.core\n"
-        "from converter import bundles, convert\n"
+        "from converter import bundles\n"
+        "from converter.convert import convert\n"
         "from flashsparse.memory import peak_footprint\n"
         "bundles.COLUMN_BYTES = 8 << 20\n"
         "before = peak_footprint()\n"

@@ -32,7 +32,7 @@ def vectors() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from converter import convert
+    from converter.convert import convert
 
     return convert(MODEL, tmp_path_factory.mktemp("packs") / "demo")
 

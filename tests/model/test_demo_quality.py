@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import flashsparse
-from converter import convert
+from converter.convert import convert
 from flashsparse.pack.manifest import PREDICTOR, Manifest
 from flashsparse.quality.evaluate import cut_windows, encode, evaluate
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from converter import convert
+from converter.convert import convert
 from converter.model import LayerWeights, open_model
 from converter.walk import Block, losses, perplexity, walk
 from flashsparse.cli import cli

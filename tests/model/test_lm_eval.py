@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 import flashsparse
-from converter import convert
+from converter.convert import convert
 from flashsparse.errors import UsageError
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed: pip install 'flashsparse[eval]'")

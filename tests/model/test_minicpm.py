@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import flashsparse
-from converter import convert
+from converter.convert import convert
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import Node
 from flashsparse.pack.config import check_config

@@ -31,7 +31,7 @@ def make_pack(tmp_path_factory: pytest.TempPathFactory) -> MakePack:
     made: dict[tuple[str, str], Path] = {}
 
     def make(name: str, folder: Path | None = None, **options: Any) -> Path:
-        from converter import convert
+        from converter.convert import convert
 
         vector, key = read(name), (name, f"{folder} {sorted(options.items())}")
         if key not in made:

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashsparse
-from converter import convert, model, walk, weights
+from converter import model, walk, weights
+from converter.convert import convert
 from converter.forward import rope_frequencies
 from converter.model import LayerWeights, Model, open_model
 from converter.states import States

@@ -47,7 +47,7 @@ def test_fresh_vectors_equal_the_committed_ones(name: str, fresh: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_the_engine_agrees_with_fresh_vectors(name: str, fresh: Path, tmp_path: Path) -> None:
     import flashsparse
-    from converter import convert
+    from converter.convert import convert
 
     vector = read(name, fresh)
     pack = convert(vector.folder, tmp_path / "pack", activation=vector.record["convert_activation"])

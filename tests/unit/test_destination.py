@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import convert
+from converter.convert import convert
 from flashsparse.errors import ConvertError, FlashSparseError, PackError, UsageError
 from flashsparse.pack.manifest import Manifest
 from tests.checkpoints import write_checkpoint
