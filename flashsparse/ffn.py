@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from flashsparse.choice import Choice, Chooser
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
+    from flashsparse.prefetch import Lookahead
     from flashsparse.weights import Buffer
 
 READ_SPLIT = 1 << 20  # one tile read is cut into pieces of this size, so that the pool's threads share it
@@ -105,6 +106,7 @@ class StreamedFFN:
     observer: Callable[[np.ndarray], None] | None = None
     dense: bool = False
     judging: Judging | None = None
+    lookahead: Lookahead | None = None
     decoded: int = 0  # tokens that were computed one at a time, and how many neurons were predicted for them
     decoded_neurons: int = 0
 
@@ -121,6 +123,16 @@ class StreamedFFN:
             y += self.down_bias
         self.counters.ffn_s += time.perf_counter() - began
         return y
+
+    @property
+    def wants_hint(self) -> bool:
+        """Whether the decoder should call `hint` before the layer's attention in a step of one token."""
+        return self.lookahead is not None and not self.dense and self.judging is None and self.lookahead.active
+
+    def hint(self, h: np.ndarray) -> None:
+        """h [1, d] float32: the residual stream before the layer's attention. Starts reads; results do not change."""
+        assert self.lookahead is not None
+        self.lookahead.start(h)
 
     def _compute(self, choice: Choice, x: np.ndarray, y: np.ndarray) -> None:
         tokens = x.shape[0]
