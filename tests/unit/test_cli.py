@@ -199,7 +199,7 @@ def test_a_checkpoint_is_converted_once(checkpoint: Path, monkeypatch: pytest.Mo
         made.append(target)
         return target
 
-    monkeypatch.setattr("converter.convert", convert)
+    monkeypatch.setattr("converter.convert.convert", convert)
     monkeypatch.setattr(packs, "is_pack", lambda path: (path / "pack.json").is_file())
     first = packs.resolve_pack(str(checkpoint), yes=True)
     assert packs.resolve_pack(str(checkpoint), yes=False) == first
