@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashsparse.flash import Batch, FlashFile, ReadPool, read_range
+from flashsparse.flash import Batch, FlashFile, ReadPool, read_range, reads
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -226,11 +226,12 @@ class StreamedFFN:
     def _submit(self, round_: Round, missing: np.ndarray) -> Batch:
         assert self.table is not None and self.slab is not None
         slots = round_.slots[missing]
-        begin, starts, lengths, needs = self._ranges(round_.ids[missing], 1)
-        self.table.set_begin(slots, begin)
         dests = self.slab.address + slots.astype(np.int64) * self.slot_bytes
-        self._count(lengths, len(missing))
-        return self.pool.submit(self.flash.file, starts, lengths, needs, dests)
+        positions = self.flash.position(round_.ids[missing])
+        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests)
+        self.table.set_begin(slots, plan.begins)
+        self._count(plan.nbytes, plan.requests, len(missing))
+        return plan.submit(self.pool)
 
     def _ranges(self, firsts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Begin within the destination, file offset, length and needed bytes of `count` records from each first one."""
@@ -240,9 +241,9 @@ class StreamedFFN:
         begin = wanted - starts
         return begin, starts, lengths, begin + size
 
-    def _count(self, lengths: np.ndarray, records: int) -> None:
-        self.counters.flash_bytes += int(lengths.sum())
-        self.counters.flash_reads += len(lengths)
+    def _count(self, nbytes: int, requests: int, records: int) -> None:
+        self.counters.flash_bytes += nbytes
+        self.counters.flash_reads += requests
         self.counters.needed_bytes += records * self.flash.record_bytes
 
     def _take(self, batch: Batch) -> np.ndarray:
@@ -290,7 +291,7 @@ class StreamedFFN:
         cuts = np.arange(0, length, READ_SPLIT, dtype=np.int64)
         sizes = np.minimum(length - cuts, READ_SPLIT)
         wanted = np.clip(need - cuts, 0, sizes)
-        self._count(sizes, len(run.ids))
+        self._count(length, len(sizes), len(run.ids))
         dests = self.scratch.tiles.buffers[tile].address + cuts
         return self.pool.submit(self.flash.file, start + cuts, sizes, wanted, dests), int(begin[0])
 
