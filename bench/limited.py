@@ -41,8 +41,8 @@ def main() -> int:
         command = [*PYTHON, "flashsparse", "convert", str(source), str(pack), "--bits", args.bits, "--resume"]
         done, report["convert_s"] = step("convert", command, parse_size(args.convert_limit, machine_memory()))
         report["convert_peak_bytes"] = done.peak_bytes
-    decode = [*PYTHON, "bench.decode", str(pack), "--tokens", str(source / "tokens.json")]
-    decode += ["--prompt", str(args.prompt), "--generate", str(args.generate)]
+    decode = [*PYTHON, "bench.decode_run", str(pack), "--sequence", str(source / "tokens.json")]
+    decode += ["--prompt", str(args.prompt), "--tokens", str(args.generate)]
     limit = parse_size(args.run_limit, machine_memory())
     report["limited"] = last_json(step("run, limited", decode, limit)[0])
     report["unlimited"] = last_json(step("run, unlimited", [*decode, "--dram", "100%"])[0])

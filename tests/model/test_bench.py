@@ -1,0 +1,174 @@
+"""The benchmark suite on tiny shapes: every rung computes the same, and what is printed follows from the counters."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashsparse
+from bench.activity import PROFILES
+from bench.ceilings import Ceilings, Limit, drive_rate, limit_of, memory_rate, touched_bytes
+from bench.decode import check, summarize, table
+from bench.decode_run import Decode, off_profile, read_sequence
+from bench.packs import make_pack, sequence_path
+from bench.rungs import RUNGS, SplitPool, forget
+from bench.synthetic import Shape, write
+from flashsparse.flash import FlashFile, ReadPool
+from flashsparse.pack.manifest import Manifest
+from flashsparse.stats import Counters
+
+SHAPE = Shape(hidden=128, intermediate=384, layers=2, heads=2, kv_heads=1, vocab=256, positions=256, tokens=128)
+PROMPT, TOKENS = 12, 10
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bench") / "checkpoint"
+    with contextlib.suppress(ValueError):  # so small a shape misses its profile; the files are complete
+        write(path, SHAPE, PROFILES["paper"])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pack(checkpoint: Path) -> Path:
+    return make_pack(checkpoint, checkpoint.with_name("predict"), "predict-16", 64)
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> Path:
+    return make_pack(checkpoint, checkpoint.with_name("exact"), "exact-16")
+
+
+def run(pack: Path, name: str, **options: Any) -> Decode:
+    rung = RUNGS[name]
+    tokens, _ = read_sequence(sequence_path(pack), PROMPT + TOKENS)
+    with flashsparse.load(pack, **{"slots": 64, "max_kv_size": 32, **options, **rung.load}) as engine:
+        sets = None
+        if rung.replayed:
+            sets = Decode(engine, tokens, PROMPT).run().sets
+            if rung.forgets:
+                forget(engine)
+        return Decode(engine, tokens, PROMPT, rung, sets).run()
+
+
+def test_rungs_with_the_same_sets_give_the_same_logits(pack: Path) -> None:
+    names = ("default", "sets", "window", "no-window", "oracle", "slots")
+    done = {name: run(pack, name, **({"slots": None} if name == "slots" else {})) for name in names}
+    assert len({decode.digest.hexdigest() for decode in done.values()}) == 1
+    assert done["slots"].cost.flash_reads == 0
+    assert done["no-window"].cost.hits == 0
+    # Three reads for each miss, where a record is larger than two sectors; one where it is bundled.
+    assert done["default"].reads == done["default"].cost.misses
+    assert done["window"].reads > done["default"].reads
+
+
+def test_the_floor_rungs_give_the_dense_result_and_read_everything(pack: Path) -> None:
+    streamed, naive = run(pack, "streamed", slots=None), run(pack, "naive", slots=None)
+    assert streamed.digest.hexdigest() == naive.digest.hexdigest()
+    manifest = Manifest.load(pack)
+    ffn = manifest.layers * manifest.intermediate_size * manifest.record.bytes
+    assert streamed.cost.flash_bytes >= TOKENS * ffn
+    assert naive.cost.flash_bytes == streamed.cost.flash_bytes + TOKENS * manifest.files["resident.safetensors"].bytes
+
+
+def test_exact_packs_run_the_rungs_they_can(exact: Path) -> None:
+    assert run(exact, "default").digest.hexdigest() == run(exact, "window").digest.hexdigest()
+    assert "exact" not in RUNGS["naive"].tiers
+
+
+@pytest.mark.parametrize("sector", [1, 512])
+def test_split_reads_bring_the_same_bytes(tmp_path: Path, sector: int) -> None:
+    data = np.random.default_rng(0).integers(0, 256, 40000, np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    offsets = np.array([0, 9000, 39000, 500])
+    lengths, needs = np.array([4000, 1536, 1536, 100]), np.array([4000, 1536, 1000, 100])
+    arena = np.zeros(4 * 4096, np.uint8)
+    dests = arena.ctypes.data + np.arange(4) * 4096
+    with FlashFile(tmp_path / "file", "buffered") as file, ReadPool(2) as pool:
+        with SplitPool(pool, sector).submit(file, offsets, lengths, needs, dests) as batch:
+            taken = []
+            while len(done := batch.take()):
+                taken += done.tolist()
+        assert pool.counters.reads == (12 if sector == 1 else 3 + 3 + 3 + 1)
+    assert sorted(taken) == [0, 1, 2, 3]
+    for n, (offset, need) in enumerate(zip(offsets, needs, strict=True)):
+        assert np.array_equal(arena[4096 * n :][:need], data[offset : offset + need])
+
+
+def test_split_reads_of_nothing_are_finished(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"abc")
+    arena, zero = np.zeros(8, np.uint8), np.array([0])
+    with (
+        FlashFile(tmp_path / "file", "buffered") as file,
+        ReadPool(1) as pool,
+        SplitPool(pool, 1).submit(file, zero, zero, zero, zero + arena.ctypes.data) as batch,
+    ):
+        assert batch.take().tolist() == [0]
+        assert batch.take().tolist() == []
+
+
+def test_bytes_touched_are_weights_records_and_keys(pack: Path) -> None:
+    manifest = Manifest.load(pack)
+    resident = sum(manifest.files[name].bytes for name in ("resident.safetensors", "predictor.safetensors"))
+    cost = Counters(active=30)
+    expected = resident - 256 * 128 * 2 + 3 * manifest.record.bytes + 2 * 2 * 1 * 64 * 2 * 100
+    assert touched_bytes(manifest, cost, 10, 100) == expected
+
+
+def test_limits_are_the_larger_or_the_sum(pack: Path, exact: Path) -> None:
+    ceilings = Ceilings(drive=1e9, read_bytes=768, depth=8, memory=1e10)
+    cost = Counters(active=30, flash_bytes=10_000_000)
+    predict, plain = (limit_of(Manifest.load(p), ceilings, cost, 10, 100) for p in (pack, exact))
+    assert predict.seconds == max(predict.reading_s, predict.memory_s) == 1e-3
+    assert plain.seconds == plain.reading_s + plain.memory_s > 1e-3
+    assert "the larger of the two gives 1000.00 tokens/s" in predict.describe()
+    assert "inf" in Limit(0.0, 0.0, overlapped=True).describe()
+
+
+def test_rates_are_positive(pack: Path) -> None:
+    assert drive_rate([Manifest.load(pack).flash_path(0)], 768, 4, 0.01) > 0
+    assert memory_rate(1, 0.01) > 0
+
+
+def test_a_denser_prediction_is_no_reason_to_void_a_run() -> None:
+    asked = PROFILES["paper"].asked
+    denser = {**asked, "density": 0.2, "new": 0.05}
+    kinder = {**asked, "persistence_1": 0.9}
+    assert off_profile({"tier": "predict", "measured": denser}, "paper") == []
+    assert len(off_profile({"tier": "exact", "measured": denser}, "paper")) == 2
+    assert len(off_profile({"tier": "predict", "measured": kinder}, "paper")) == 1
+
+
+def test_the_summary_follows_from_the_runs(pack: Path) -> None:
+    report = run(pack, "default").report(None) | {
+        "void": [],
+        "group_peak_bytes": 0,
+        "profile": None,
+        "cached_share": None,
+    }
+    result = summarize([report, report], Ceilings(1e9, 768, 8, 1e10))
+    assert result["share_of_limit"] == pytest.approx(result["limit_s"]["both"] / report["step_s"])
+    assert 0 < report["bookkeeping_share"] < 1
+    assert report["step_s"] == pytest.approx(report["reading_s"] + report["computing_s"] + report["bookkeeping_s"])
+    whole = {"rung": "default", "cache": "cold", **result}
+    other = {**whole, "rung": "window", "logits_sha256": ["another"]}
+    assert check([whole]) == [] and len(check([whole, other])) == 1
+    assert [line.split()[0] for line in table([whole, other]).strip().splitlines()] == ["rung", "default", "window"]
+
+
+@pytest.mark.slow
+def test_the_program_prints_limits_then_figures_then_json(pack: Path) -> None:
+    command = [sys.executable, "-m", "bench.decode", str(pack), "--prompt", "12", "--tokens", "10", "--repeat", "1",
+               "--rung", "default", "--rung", "streamed"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("drive") and lines[1].startswith("memory")
+    found = json.loads(lines[-1])
+    assert [result["rung"] for result in found["results"]] == ["default", "streamed"]
