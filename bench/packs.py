@@ -2,7 +2,8 @@
 
 Gives the checkpoint a tokenizer whose words are ids and its planted sequence as text, converts it, and leaves the
 sequence beside the pack as `<pack>.tokens.json`, so that the checkpoint may be deleted. Thresholds are calibrated on
-the end of the sequence; benchmarks feed its beginning.
+the end of the sequence, benchmarks feed its beginning; without calibration (`--calibrate-tokens 0`, quick) they are
+where the activation's zeros begin.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def make_pack(checkpoint: Path, pack: Path, kind: str, calibrate_tokens: int = C
     from converter.convert import convert
 
     options = dict(KINDS[kind])
-    if options["tier"] == "predict":
+    if options["tier"] == "predict" and calibrate_tokens:
         text = add_words(checkpoint, calibrate_tokens)
         tokens = min(calibrate_tokens, len(load_fixture(checkpoint).tokens))
         options |= {"calibrate": [text], "calibrate_tokens": tokens, "calibrate_window": tokens}
