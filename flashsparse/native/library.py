@@ -5,13 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
 from importlib import resources
 from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -83,6 +83,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         None,
         [c_void_p, POINTER(CRecord)] + [c_void_p] * 3 + [c_int64, c_void_p, c_int64, c_int64, c_void_p],
     ),
+    "fs_attend": (None, [c_void_p] * 4 + [c_int64, c_int64, c_void_p, c_int64] + [c_void_p] * 3),
+    "fs_normalize": (None, [c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p]),
+    "fs_turns": (None, [c_void_p, c_int64, c_double, c_int64, c_int64, c_void_p]),
+    "fs_compute_ns": (c_int64, []),
     "fs_pool_create": (c_void_p, [c_int32]),
     "fs_pool_stop": (None, [c_void_p]),
     "fs_pool_destroy": (None, [c_void_p]),

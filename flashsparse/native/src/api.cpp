@@ -8,6 +8,7 @@
 #include "activation.h"
 #include "kernels.h"
 #include "numbers.h"
+#include "timing.h"
 #include "workers.h"
 
 namespace {
@@ -95,6 +96,7 @@ void fs_workers_stop(fs_workers* workers) { workers->stop(); }
 void fs_workers_destroy(fs_workers* workers) { delete workers; }
 
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
+    Timed timed;
     if (n_tokens <= 0) return;
     Linear job{w, format_of(*w), bias, x, n_tokens, 0, y};
     job.rows_per_task = rows_per_task(job.format, w->rows, n_tokens);
@@ -102,6 +104,7 @@ void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const
 }
 
 void fs_score(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t T, float* out) {
+    Timed timed;
     Scoring job{w, format_of(*w), bias, nullptr, nullptr, nullptr, 0, round_up(w->cols / w->group_size, 8), 0, out};
     int64_t block = between(1, T, kScoreTokens), columns = job.groups * w->group_size;
     std::vector<int8_t> q(size_t(block * columns));
@@ -123,6 +126,7 @@ void fs_score(fs_workers* workers, const fs_matrix* w, const float* bias, const 
 }
 
 void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out) {
+    Timed timed;
     Format format = format_of(*w);
     auto row = [](const void* p, int64_t offset) { return (const uint8_t*)p + offset; };
     for (int64_t i = 0; i < n; i++)
@@ -134,6 +138,7 @@ void fs_gather(const fs_matrix* w, const int32_t* ids, int64_t n, float* out) {
 void fs_attention(fs_workers* workers, const float* q, const void* k, const void* v, int32_t kv_dtype, int64_t T,
                   int64_t H, int64_t KVH, int64_t hd, int64_t capacity, int64_t offset, int64_t window, float scale,
                   float* out) {
+    Timed timed;
     if (T <= 0) return;
     int64_t group = H / KVH, head_block = between(1, group, kQueryBlock), token_block = kQueryBlock / head_block;
     int64_t span = window > 0 && window < offset + T ? window : offset + T;
@@ -147,6 +152,7 @@ void fs_attention(fs_workers* workers, const float* q, const void* k, const void
 
 void fs_kv_append(const float* k, void* cache, int32_t kv_dtype, int64_t T, int64_t KVH, int64_t hd, int64_t capacity,
                   int64_t offset) {
+    Timed timed;
     int64_t size = float_bytes(kv_dtype);
     for (int64_t t = 0; t < T; t++)
         for (int64_t h = 0; h < KVH; h++)
@@ -155,10 +161,12 @@ void fs_kv_append(const float* k, void* cache, int32_t kv_dtype, int64_t T, int6
 }
 
 void fs_activate(float* g, int64_t n, int32_t activation, float param) {
+    Timed timed;
     for (int64_t i = 0; i < n; i++) g[i] = activate(g[i], activation, param);
 }
 
 int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids) {
+    Timed timed;
     for (int64_t i = 0; i < I; i++) ids[i] = 0;
     for (int64_t t = 0; t < T; t++)
         for (int64_t i = 0; i < I; i++) ids[i] |= activated[t * I + i] != 0.0f;
@@ -174,6 +182,7 @@ int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids) {
 void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
                    const int32_t* ids, const int32_t* cols, int64_t n, const float* x, int64_t T,
                    const float* activated, const uint8_t* mask, int64_t I, float* hidden, int64_t ldh) {
+    Timed timed;
     if (T <= 0) return;
     Hidden job{record, format_of(*record), base, offsets, ids, cols, n, x, T, activated, mask, I, hidden, ldh};
     workers->run(chosen().load()->hidden, &job, pieces(n, kRowBlock), size_t(2 * kRowBlock * record->d));
@@ -181,6 +190,7 @@ void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* 
 
 void fs_ffn_down(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
                  const int32_t* cols, int64_t n, const float* hidden, int64_t ldh, int64_t T, float* y) {
+    Timed timed;
     if (T <= 0 || n <= 0) return;
     Down job{record, format_of(*record), base, offsets, cols, n, hidden, ldh, T, 0, y};
     job.columns_per_task = columns_per_task(job.format, n, T, workers->threads());

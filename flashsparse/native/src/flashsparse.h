@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 3
+#define FS_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {

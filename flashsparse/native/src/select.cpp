@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "flashsparse.h"
+#include "timing.h"
 
 namespace {
 
@@ -67,12 +68,14 @@ int64_t numbers_of_any(const uint8_t* mask, int64_t tokens, int64_t n, int32_t* 
 extern "C" {
 
 int64_t fs_select(const float* scores, int64_t T, int64_t I, float threshold, uint8_t* mask, int32_t* ids) {
+    fs::Timed timed;
     select_above(scores, T * I, threshold, mask);
     return numbers_of_any(mask, T, I, ids);
 }
 
 int64_t fs_select_topk(const float* scores, int64_t T, int64_t I, int64_t k, float threshold, uint8_t* mask,
                        int32_t* ids) {
+    fs::Timed timed;
     select_above(scores, T * I, threshold, mask);
     for (int64_t t = 0; t < T && k < I; t++) keep_largest(scores + t * I, I, k, mask + t * I);
     return numbers_of_any(mask, T, I, ids);
