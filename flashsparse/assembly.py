@@ -15,6 +15,7 @@ import numpy as np
 from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
+from flashsparse.models.tensors import ffn_names
 from flashsparse.pack.predictor import predictor_quant
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
 from flashsparse.weights import Buffer, ResidentStore
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Assembly:
-    """Makes the layers of one engine. `store` holds the resident weights, `family` is the model's module."""
+    """Makes the layers of one engine. `store` holds the resident weights."""
 
     pack: OpenPack
     tier: str
@@ -38,7 +39,6 @@ class Assembly:
     pool: ReadPool
     kernels: Kernels
     store: ResidentStore
-    family: Any
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -57,7 +57,7 @@ class Assembly:
         flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
         ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
         ffn.predicts = self.tier == "predict"
-        ffn.down_bias = self.store.vector(self.family.DOWN.format(index) + ".bias")
+        ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")
         if slots:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
@@ -75,7 +75,8 @@ class Assembly:
 
     def _scoring(self, layer: int) -> tuple[Any, np.ndarray | None]:
         """The resident scoring matrix and its bias."""
-        base = self.family.SCORING.format(layer)
+        names = ffn_names(self.pack.manifest.family, layer)
+        base = names.gate or names.up
         return self.store.weight(base), self.store.vector(base + ".bias")
 
     def _predicting(self) -> list[Chooser]:

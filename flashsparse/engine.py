@@ -21,6 +21,7 @@ from flashsparse import memory
 from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
+from flashsparse.models.decoder import CHOICES
 from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ if TYPE_CHECKING:
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
     from flashsparse.kvcache import KVCache
-    from flashsparse.models.modules import Decoder
+    from flashsparse.models.decoder import Decoder
     from flashsparse.pack.manifest import Manifest
     from flashsparse.session import Session
     from flashsparse.sizes import Sizes
     from flashsparse.sparsity.judgement import LayerJudgement
+    from flashsparse.weights import ResidentStore
 
 READ_MODES = ("auto", "direct", "buffered")
 MAX_THREADS = 1024
@@ -51,6 +53,7 @@ def load(
     on_plan: Callable[[MemoryPlan], None] | None = None,
     slots: int | None = None,
     tier: str | None = None,
+    layers: str = "auto",
 ) -> Engine:
     """Load a pack under a memory budget.
 
@@ -64,6 +67,8 @@ def load(
         kernels: "native", "reference" (plain MLX operators, slow) or "auto".
         on_plan: called with the memory plan before anything is loaded.
         slots: slots per layer instead of what the budget buys (for tests and measurements).
+        layers: "native" runs whole decoder layers in native code, "modules" mlx-lm's model with our parts in it (what
+            the reference kernels take part in); "auto" is native where the kernels are.
         tier: "dense" runs a pack of tier predict without its predictor: every layer streamed, the dense model's result.
 
     Raises:
@@ -71,7 +76,8 @@ def load(
         BudgetError: the budget cannot hold the floor; `smallest` says what would.
         UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
     """
-    return Engine(path, _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier))
+    options = _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers)
+    return Engine(path, options)
 
 
 class _Options:
@@ -88,11 +94,16 @@ class _Options:
         on_plan: Callable[[MemoryPlan], None] | None,
         slots: int | None,
         tier: str | None,
+        layers: str,
     ) -> None:
         if tier not in (None, "dense"):
             raise UsageError(f"tier: {shown(tier)} is not 'dense'; leave it out for the pack's own tier")
         if read_mode not in READ_MODES:
             raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
+        if layers not in CHOICES:
+            raise UsageError(f"layers: {shown(layers)} is not one of {', '.join(CHOICES)}")
+        if layers == "native" and kernels == "reference":
+            raise UsageError("layers: 'native' needs the native kernels, not the reference")
         self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
         self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
         self.threads = (
@@ -101,6 +112,7 @@ class _Options:
         self.io_threads = whole("io_threads", io_threads, 1, MAX_THREADS)
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
+        self.native_layers = layers != "modules" and kernels != "reference"
 
 
 def _whole_bytes(dram: Any) -> int:
@@ -137,6 +149,7 @@ class Engine:
         self._kernels: Kernels | None = None
         self._judging: Judging | None = None
         self._threads = options.threads
+        self.layers = "native" if options.native_layers else "modules"
         self._pack = open_pack(Path(path), options.read_mode)
         self.manifest: Manifest = self._pack.manifest
         # "direct" only when every file accepts it
@@ -211,10 +224,18 @@ class Engine:
             self._owner = threading.get_ident()
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")
+            computed = self._computed()
             yield self._decoder
+            self.counters.compute_s += self._computed() - computed
         finally:
             self._owner = None
             self._lock.release()
+
+    def _computed(self) -> float:
+        """Seconds that this thread has spent in kernels that count them."""
+        from flashsparse.native.layers import compute_seconds
+
+        return compute_seconds() if self.kernels == "native" else 0.0
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -323,23 +344,34 @@ class Engine:
         self.close()
 
     def _build(self, sizes: Sizes, tile_bytes: int) -> Decoder:
-        import importlib
-
-        import mlx.core as mx
-
         from flashsparse.assembly import Assembly
         from flashsparse.kvcache import KVCache
         from flashsparse.weights import ResidentStore
 
         assert self._pool is not None and self._kernels is not None
         m = self.manifest
-        # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
-        mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
         store = ResidentStore(self._pack.headers[0], self._pool, self._pack.files[0], m.resident_quant)
-        family = importlib.import_module(f"flashsparse.models.{m.family}")
-        assembly = Assembly(self._pack, self.tier, self.plan, self._pool, self._kernels, store, family)
+        assembly = Assembly(self._pack, self.tier, self.plan, self._pool, self._kernels, store)
         self._ffns = assembly.layers(sizes, tile_bytes, self.counters)
         self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
+        if self.layers == "modules":
+            return self._modules(store)
+        from flashsparse.kernels.cpu import NativeKernels
+        from flashsparse.models.native_decoder import build
+
+        assert isinstance(self._kernels, NativeKernels)
+        return build(m, store, self._kernels, self._ffns, self.counters)
+
+    def _modules(self, store: ResidentStore) -> Decoder:
+        """mlx-lm's model with our parts in it."""
+        import importlib
+
+        import mlx.core as mx
+
+        m = self.manifest
+        # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
+        mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
+        family = importlib.import_module(f"flashsparse.models.{m.family}")
         decoder: Decoder = family.build(m.config, store, self._kernels, self._ffns)
         return decoder
 

@@ -20,6 +20,7 @@ class KVCache:
         shape = (kv_heads, capacity, head_dim)
         self.keys = np.zeros(shape, STORED[dtype])
         self.values = np.zeros(shape, STORED[dtype])
+        self.addresses = self.keys.ctypes.data, self.values.ctypes.data
         self.dtype, self.capacity, self.offset = dtype, capacity, 0
 
     @property
@@ -34,11 +35,15 @@ class KVCache:
         from flashsparse import native
 
         count = keys.shape[0]
+        self.check_room(count)
+        native.kv_append(keys, self.keys, self.dtype, self.offset)
+        native.kv_append(values, self.values, self.dtype, self.offset)
+        self.offset += count
+
+    def check_room(self, count: int) -> None:
+        """Raises ContextLengthError when `count` more positions do not fit."""
         if self.offset + count > self.capacity:
             raise ContextLengthError(
                 f"the conversation needs {self.offset + count} positions and --max-kv-size reserved {self.capacity}; "
                 "start again with a larger --max-kv-size (and --dram if it does not fit)"
             )
-        native.kv_append(keys, self.keys, self.dtype, self.offset)
-        native.kv_append(values, self.values, self.dtype, self.offset)
-        self.offset += count

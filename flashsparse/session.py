@@ -25,7 +25,7 @@ from flashsparse.stats import Stats
 if TYPE_CHECKING:
     from flashsparse.engine import Engine
     from flashsparse.kvcache import KVCache
-    from flashsparse.models.modules import Decoder
+    from flashsparse.models.decoder import Decoder
 
 
 @dataclass(frozen=True)

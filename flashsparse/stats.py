@@ -14,7 +14,8 @@ class Counters:
 
     `seconds` are those of whole steps: layers, language model head, sampling and text. `active` of `candidates` neurons
     were needed by some token of a step. In tier predict `predicted` of `scored` pairs of token and neuron were
-    computed, and `fired` of them were not zero.
+    computed, and `fired` of them were not zero. `attention_s` (with the norms around it), `ffn_s` (with its waiting for
+    reads, `io_wait_s`) and `head_s` are parts of `seconds`; `compute_s` is what was spent inside the native kernels.
     """
 
     tokens: int = 0
@@ -33,6 +34,9 @@ class Counters:
     seconds: float = 0.0
     io_wait_s: float = 0.0
     ffn_s: float = 0.0
+    attention_s: float = 0.0
+    head_s: float = 0.0
+    compute_s: float = 0.0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -63,6 +67,11 @@ class Counters:
     def predictor_precision(self) -> float | None:
         """Share of the predicted neurons whose value was not zero; None when none was predicted."""
         return self.fired / self.predicted if self.predicted else None
+
+    @property
+    def bookkeeping_s(self) -> float | None:
+        """Seconds that were neither computing nor waiting for reads; None when the kernels do not count theirs."""
+        return self.seconds - self.compute_s - self.io_wait_s if self.compute_s else None
 
     @property
     def tokens_per_second(self) -> float:

@@ -24,27 +24,27 @@ class NativeKernels:
     name = "native"
 
     def __init__(self, manifest: Manifest, threads: int) -> None:
-        self._workers = native.Workers(threads)
+        self.workers = native.Workers(threads)
         self._activation = native.ACTIVATIONS[manifest.activation.name]
         self._param = manifest.activation.param or 0.0
         self._record = _record(manifest)
         self._matrices: dict[str, native.Matrix] = {}
 
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
-        native.linear(self._workers, self._matrix(weight), bias, x, out)
+        native.linear(self.workers, self.matrix(weight), bias, x, out)
 
     def score(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
-        native.score(self._workers, self._matrix(weight), bias, x, out)
+        native.score(self.workers, self.matrix(weight), bias, x, out)
 
     def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
         return native.select(scores, threshold, k, mask, ids)
 
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
-        native.gather(self._matrix(weight), ids, out)
+        native.gather(self.matrix(weight), ids, out)
 
     def attention(self, q: np.ndarray, cache: KVCache, window: int, scale: float, out: np.ndarray) -> None:
         position = cache.offset - q.shape[0]
-        native.attention(self._workers, q, cache.keys, cache.values, cache.dtype, position, window, scale, out)
+        native.attention(self.workers, q, cache.keys, cache.values, cache.dtype, position, window, scale, out)
 
     def activate(self, scores: np.ndarray) -> None:
         native.activate(scores, self._activation, self._param)
@@ -63,15 +63,15 @@ class NativeKernels:
         mask: np.ndarray | None,
         hidden: np.ndarray,
     ) -> None:
-        native.ffn_hidden(self._workers, self._record, slab, offsets, ids, cols, x, activated, mask, hidden)
+        native.ffn_hidden(self.workers, self._record, slab, offsets, ids, cols, x, activated, mask, hidden)
 
     def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
-        native.ffn_down(self._workers, self._record, slab, offsets, cols, hidden, y)
+        native.ffn_down(self.workers, self._record, slab, offsets, cols, hidden, y)
 
     def close(self) -> None:
-        self._workers.close()
+        self.workers.close()
 
-    def _matrix(self, weight: Weight) -> native.Matrix:
+    def matrix(self, weight: Weight) -> native.Matrix:
         """The C view of a weight; kept, because building it costs more than a small product."""
         found = self._matrices.get(weight.name)
         if found is None:

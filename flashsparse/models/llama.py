@@ -16,9 +16,6 @@ from flashsparse.kernels import Kernels
 from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, linear, norm
 from flashsparse.weights import ResidentStore
 
-SCORING = "model.layers.{}.mlp.gate_proj"
-DOWN = "model.layers.{}.mlp.down_proj"
-
 
 def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: list[StreamedFFN]) -> Decoder:
     """Assemble the model from a normalized configuration and a pack's resident tensors."""

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse import native
 from flashsparse.models.rotation import frequencies
-from flashsparse.native.layers import Addresses, Layer, Norm, turns
+from flashsparse.native.layers import Addresses, Heads, Layer, Norm, turns
 
 if TYPE_CHECKING:
     from flashsparse.ffn import StreamedFFN
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 LAYER_NORM_EPS = 1e-5  # OPT's, which its configuration does not name
 POSITION_OFFSET = 2  # rows 0 and 1 of OPT's position table are padding
-HEAD_ROWS = 16  # final states held for the head at once
 
 
 @dataclass
@@ -47,7 +46,6 @@ class Parts:
     positions: Weight | None = None
     project_in: Weight | None = None
     project_out: Weight | None = None
-    project_bias: tuple[np.ndarray | None, np.ndarray | None] = (None, None)
     closing: Sequence[Norm] = ()
     embedding_scale: float = 1.0
     residual: float = 1.0
@@ -79,6 +77,8 @@ class NativeDecoder:
             turned = self._turns.ctypes.data
         x = h if parts.closing else self._x[:tokens]
         for index, (layer, ffn, cache) in enumerate(zip(parts.layers, self._ffns, caches, strict=True)):
+            if tokens == 1 and ffn.wants_hint:
+                ffn.hint(h)
             began = time.perf_counter()
             layer.attend(*cache.addresses, cache.capacity, offset, turned, tokens, self._buffers)
             cache.offset = offset + tokens
@@ -91,7 +91,7 @@ class NativeDecoder:
         began = time.perf_counter()
         divisor = self._parts.divisor
         states = hidden if divisor == 1.0 else hidden / np.float32(divisor)
-        out = self._linear(self._parts.head, None, states)
+        out = self._linear(self._parts.head, states)
         self._counters.head_s += time.perf_counter() - began
         return out
 
@@ -103,7 +103,7 @@ class NativeDecoder:
         else:
             narrow = np.empty((len(ids), parts.embedding.cols), np.float32)
             self._kernels.gather(parts.embedding, ids, narrow)
-            self._kernels.linear(parts.project_in, parts.project_bias[0], narrow, h)
+            self._kernels.linear(parts.project_in, None, narrow, h)
         if parts.embedding_scale != 1.0:
             h *= np.float32(parts.embedding_scale)
         if parts.positions is not None:
@@ -128,11 +128,11 @@ class NativeDecoder:
             out = self._x[: len(h)]
             parts.final(self._kernels.workers, h, out)
             h = out
-        return h if parts.project_out is None else self._linear(parts.project_out, parts.project_bias[1], h)
+        return h if parts.project_out is None else self._linear(parts.project_out, h)
 
-    def _linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray) -> np.ndarray:
+    def _linear(self, weight: Weight, x: np.ndarray) -> np.ndarray:
         out = np.empty((len(x), weight.rows), np.float32)
-        self._kernels.linear(weight, bias, np.ascontiguousarray(x), out)
+        self._kernels.linear(weight, None, np.ascontiguousarray(x), out)
         return out
 
 
@@ -154,6 +154,10 @@ def _products(kernels: NativeKernels, store: ResidentStore, base: str, names: Se
     ]
 
 
+def _heads(m: Manifest) -> Heads:
+    return Heads(m.heads, m.kv_heads, m.head_dim, m.source_dtype)
+
+
 def _norm(store: ResidentStore, base: str, eps: float, centred: bool = False) -> Norm:
     weight = store.vector(f"{base}.weight")
     assert weight is not None  # the resident file was checked when it was opened
@@ -161,7 +165,7 @@ def _norm(store: ResidentStore, base: str, eps: float, centred: bool = False) ->
 
 
 def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Parts:
-    config, eps = manifest.config, manifest.config["rms_norm_eps"]
+    config, eps, heads = manifest.config, manifest.config["rms_norm_eps"], _heads(manifest)
     residual = config.get("residual_multiplier", 1.0)
     layers = []
     for index, kind in enumerate(config["layer_types"]):
@@ -172,7 +176,7 @@ def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> 
                 _products(kernels, store, f"{base}.self_attn", "qkvo"),
                 _norm(store, f"{base}.input_layernorm", eps),
                 _norm(store, f"{base}.post_attention_layernorm", eps),
-                *(manifest.heads, manifest.kv_heads, manifest.head_dim, manifest.source_dtype),
+                heads,
                 window=config["sliding_window"] if kind == "sliding_attention" else 0,
                 residual=residual,
             )
@@ -193,7 +197,7 @@ def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> 
 
 
 def _opt(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Parts:
-    config, root, eps = manifest.config, "model.decoder", LAYER_NORM_EPS
+    config, root, eps, heads = manifest.config, "model.decoder", LAYER_NORM_EPS, _heads(manifest)
     first = config["do_layer_norm_before"]
     layers, closing = [], []
     for index in range(manifest.layers):
@@ -204,8 +208,9 @@ def _opt(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Pa
             Layer(
                 kernels.workers,
                 _products(kernels, store, f"{base}.self_attn", ("q", "k", "v", "out")),
-                *((early, late) if first else (None, early)),
-                *(manifest.heads, manifest.kv_heads, manifest.head_dim, manifest.source_dtype),
+                early if first else None,
+                late if first else early,
+                heads,
                 post_norm=not first,
             )
         )

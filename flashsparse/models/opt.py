@@ -19,8 +19,6 @@ from flashsparse.kvcache import KVCache
 from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, linear, norm
 from flashsparse.weights import ResidentStore
 
-SCORING = "model.decoder.layers.{}.fc1"
-DOWN = "model.decoder.layers.{}.fc2"
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table are padding
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -66,6 +67,16 @@ class Norm:
         lib().fs_normalize(workers.handle, self._address, x.ctypes.data, len(x), self.size, out.ctypes.data)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, key and value heads, values per head, and the cache's type: "F32", "F16" or "BF16"."""
+
+    query: int
+    kv: int
+    size: int
+    kv_dtype: str
+
+
 class Layer:
     """The attention half of a decoder layer. `products`: q, k, v and o with their biases (float32) or None.
 
@@ -78,26 +89,24 @@ class Layer:
         products: list[tuple[Matrix, np.ndarray | None]],
         input: Norm | None,
         output: Norm,
-        heads: int,
-        kv_heads: int,
-        head_dim: int,
-        kv_dtype: str,
+        heads: Heads,
         *,
         window: int = 0,
         post_norm: bool = False,
         residual: float = 1.0,
     ) -> None:
-        d, wide, narrow = output.size, heads * head_dim, kv_heads * head_dim
+        d, wide, narrow = output.size, heads.query * heads.size, heads.kv * heads.size
         shapes = [(wide, d), (narrow, d), (narrow, d), (d, wide)]
         found = [(matrix.rows, matrix.cols) for matrix, _ in products]
-        if found != shapes or heads % kv_heads or (input is not None and input.size != d):
-            raise ValueError(f"q, k, v and o are {found}, expected {shapes}; {heads} heads share {kv_heads}")
-        self.scratch_floats = 2 * (heads + kv_heads) * head_dim  # per token
+        if found != shapes or heads.query % heads.kv or (input is not None and input.size != d):
+            raise ValueError(f"q, k, v and o are {found}, expected {shapes}; {heads}")
+        self.scratch_floats = 2 * (heads.query + heads.kv) * heads.size  # per token
         self._workers, self._keep = workers, (products, input, output)
         biases = (_vector(bias, shape[0], "bias") for (_, bias), shape in zip(products, shapes, strict=True))
         self._c = CLayer(
             *(matrix.c for matrix, _ in products), *biases, CNorm() if input is None else input.c, output.c,
-            heads, kv_heads, head_dim, window, DTYPES[kv_dtype], int(post_norm), head_dim**-0.5, residual,
+            heads.query, heads.kv, heads.size, window, DTYPES[heads.kv_dtype], int(post_norm),
+            heads.size**-0.5, residual,
         )  # fmt: skip
         self._address = ctypes.addressof(self._c)
         self._attend = lib().fs_attend
@@ -105,7 +114,7 @@ class Layer:
     def attend(
         self, keys: int, values: int, capacity: int, offset: int, turns: int | None, tokens: int, buffers: Addresses
     ) -> None:
-        """Addresses of the caches [kv_heads, capacity, head_dim], which must have room, and of `turns`; see fs_attend."""
+        """fs_attend; addresses of the caches [kv_heads, capacity, head_dim], which must have room, and of `turns`."""
         self._attend(
             self._workers.handle, self._address, keys, values, capacity, offset, turns, tokens,
             buffers.h, buffers.x, buffers.scratch,
