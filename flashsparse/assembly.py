@@ -16,7 +16,6 @@ from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
 from flashsparse.models.tensors import ffn_names
-from flashsparse.pack.predictor import predictor_quant
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
 from flashsparse.weights import Buffer, ResidentStore
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Assembly:
-    """Makes the layers of one engine. `store` holds the resident weights."""
+    """Makes the layers of one engine. `store` holds the resident weights, `predictors` the predictor file's, if any."""
 
     pack: OpenPack
     tier: str
@@ -39,6 +38,7 @@ class Assembly:
     pool: ReadPool
     kernels: Kernels
     store: ResidentStore
+    predictors: ResidentStore | None
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -88,14 +88,7 @@ class Assembly:
         if m.gate == "full":
             assert wide is not None
             return [self._with_exact_gate(index, scores, mask, wide) for index in range(m.layers)]
-        weights = self._predictor_store()
-        return [self._predicted(index, weights, scores, mask, wide, middle) for index in range(m.layers)]
-
-    def _predictor_store(self) -> ResidentStore | None:
-        at = self.pack.predictor
-        if at is None:
-            return None
-        return ResidentStore(self.pack.headers[at], self.pool, self.pack.files[at], predictor_quant(self.pack.manifest))
+        return [self._predicted(index, scores, mask, wide, middle) for index in range(m.layers)]
 
     def _rule(self, layer: int) -> tuple[float, int | None]:
         """Threshold and k of a layer's selection."""
@@ -115,13 +108,12 @@ class Assembly:
     def _predicted(
         self,
         layer: int,
-        weights: ResidentStore | None,
         scores: np.ndarray,
         mask: np.ndarray,
         wide: np.ndarray | None,
         middle: np.ndarray,
     ) -> Chooser:
-        m = self.pack.manifest
+        m, weights = self.pack.manifest, self.predictors
         predictor = None if weights is None else make_predictor(m, layer, self.kernels, weights, wide, middle)
         if predictor is None:
             return Whole(m.intermediate_size)

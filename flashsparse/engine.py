@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from flashsparse.kernels import Kernels
     from flashsparse.kvcache import KVCache
     from flashsparse.models.decoder import Decoder
+    from flashsparse.opening import OpenPack
     from flashsparse.pack.manifest import Manifest
     from flashsparse.session import Session
-    from flashsparse.sizes import Sizes
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.weights import ResidentStore
 
@@ -65,7 +65,7 @@ def load(
         threads: compute threads. None: one per core. io_threads: threads that read from flash.
         read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works.
         kernels: "native", "reference" (plain MLX operators, slow) or "auto".
-        on_plan: called with the memory plan before anything is loaded.
+        on_plan: called with the memory plan before anything but the resident weights is loaded.
         slots: slots per layer instead of what the budget buys (for tests and measurements).
         layers: "native" runs whole decoder layers in native code, "modules" mlx-lm's model with our parts in it (what
             the reference kernels take part in); "auto" is native where the kernels are.
@@ -137,6 +137,7 @@ class Engine:
     def __init__(self, path: str | os.PathLike[str], options: _Options) -> None:
         from flashsparse.opening import open_pack
 
+        self._began = time.perf_counter()
         self.counters = Counters()
         self._pid = os.getpid()
         self._lock = threading.Lock()  # held during a step, never between two
@@ -150,37 +151,55 @@ class Engine:
         self._judging: Judging | None = None
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
-        self._pack = open_pack(Path(path), options.read_mode)
-        self.manifest: Manifest = self._pack.manifest
-        # "direct" only when every file accepts it
-        self.read_mode = "direct" if all(f.direct for f in self._pack.files) else "buffered"
-        self.tokenizer = self._pack.tokenizer
+        self._pack: OpenPack | None = None
         try:
-            self.tier = _tier(self.manifest, options.tier)
-            self._load(options)
+            self._pack = open_pack(
+                Path(path), options.read_mode, not options.native_layers, lambda pack: self._begin(pack, options)
+            )
+            # "direct" only when every file accepts it
+            self.read_mode = "direct" if all(f.direct for f in self._pack.files) else "buffered"
+            self.tokenizer = self._pack.tokenizer
+            self._load(self._pack, options)
         except BaseException:
             self.close()
             raise
 
-    def _load(self, options: _Options) -> None:
-        """Imports and the tokenizer came first: what they cost is `runtime`, not the engine's budget."""
+    def _begin(self, pack: OpenPack, options: _Options) -> None:
+        """Start reading what stays in memory, which needs none of the libraries and takes longest."""
         from flashsparse.flash import ReadPool
-        from flashsparse.kernels import make_kernels
+        from flashsparse.pack.predictor import predictor_quant
         from flashsparse.sizes import Sizes
+        from flashsparse.weights import ResidentStore
+
+        self.manifest: Manifest = pack.manifest
+        self.tier = _tier(self.manifest, options.tier)
+        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, options.io_threads)
+        # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
+        self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
+        if self._pool is None:
+            self._pool = ReadPool(options.io_threads)
+        quants = {0: self.manifest.resident_quant}
+        if self.tier == "predict" and pack.predictor is not None:
+            quants[pack.predictor] = predictor_quant(self.manifest)
+        for at, quant in quants.items():
+            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant))
+
+    def _load(self, pack: OpenPack, options: _Options) -> None:
+        """Plan and build. `runtime` is what imports and the tokenizer cost: the footprint less what was read meanwhile."""
+        from flashsparse.kernels import make_kernels
 
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
         self.kernels = self._kernels.name
+        for store in pack.stores:
+            store.wait()
         memory.reset_peak()
-        self.runtime_bytes = memory.footprint()
-        began = time.perf_counter()
-        self._pool = ReadPool(options.io_threads)
-        sizes = Sizes(self.manifest, self._pack.files, self.tier, options.threads, options.io_threads)
-        self.plan, tile = sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
+        self.runtime_bytes = memory.footprint() - self._sizes.begun_bytes() - sum(store.nbytes for store in pack.stores)
+        self.plan, tile = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
-        self._decoder = self._build(sizes, tile)
+        self._decoder = self._build(pack, tile)
         self.end_tokens = self._end_tokens()
-        self.load_s = time.perf_counter() - began
+        self.load_s = time.perf_counter() - self._began
 
     @property
     def context_limit(self) -> int:
@@ -332,7 +351,8 @@ class Engine:
                 self._kernels.close()
             if self._judging is not None:
                 self._judging.close()
-            self._pack.close()
+            if self._pack is not None:
+                self._pack.close()
             self._decoder = self._kernels = self._pool = self._judging = None
             self._ffns, self._caches = [], []
         gc.collect()  # modules and the layers inside them refer to each other
@@ -343,16 +363,15 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _build(self, sizes: Sizes, tile_bytes: int) -> Decoder:
+    def _build(self, pack: OpenPack, tile_bytes: int) -> Decoder:
         from flashsparse.assembly import Assembly
         from flashsparse.kvcache import KVCache
-        from flashsparse.weights import ResidentStore
 
         assert self._pool is not None and self._kernels is not None
-        m = self.manifest
-        store = ResidentStore(self._pack.headers[0], self._pool, self._pack.files[0], m.resident_quant)
-        assembly = Assembly(self._pack, self.tier, self.plan, self._pool, self._kernels, store)
-        self._ffns = assembly.layers(sizes, tile_bytes, self.counters)
+        m, (store, *predictors) = self.manifest, pack.stores
+        predictor = predictors[0] if predictors else None
+        assembly = Assembly(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor)
+        self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
         self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
         if self.layers == "modules":
             return self._modules(store)

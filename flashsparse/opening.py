@@ -1,12 +1,15 @@
 """Opening a pack as one thing: manifest, configuration, headers, tokenizer and file descriptors of the same version.
 
+What stays in memory is read while the libraries are imported and the tokenizer is loaded, which takes seconds.
+
 Packs are replaced by one rename while others read them. What is opened by path at different moments could belong to two
 packs, so the manifest is read again at the end, and everything is opened anew when it changed.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,37 +19,47 @@ from flashsparse.models.tensors import check_resident
 from flashsparse.pack.manifest import PREDICTOR, Manifest, read_manifest
 from flashsparse.pack.predictor import check_predictor
 from flashsparse.pack.safetensors import read_header
-from flashsparse.runtime import import_mlx_lm, load_tokenizer
+from flashsparse.runtime import import_libraries, load_tokenizer
 
 if TYPE_CHECKING:
     from flashsparse.pack.safetensors import Header
+    from flashsparse.weights import ResidentStore
 
 ATTEMPTS = 5
 
 
-@dataclass(frozen=True)
+@dataclass
 class OpenPack:
     """`files[0]` is the resident file, `files[1 + i]` and `headers[1 + i]` belong to layer i; last, when the pack has
-    one, comes the predictor file, of which `predictor` is the index."""
+    one, comes the predictor file, of which `predictor` is the index. `stores`: what is being read or has been."""
 
     manifest: Manifest
-    tokenizer: Any
-    headers: list[Header]
-    files: list[FlashFile]
+    headers: list[Header] = field(default_factory=list)
+    files: list[FlashFile] = field(default_factory=list)
     predictor: int | None = None
+    tokenizer: Any = None
+    stores: list[ResidentStore] = field(default_factory=list)
 
     def close(self) -> None:
+        """After its reads, which are dropped."""
+        for store in self.stores:
+            store.release()
         for file in self.files:
             file.close()
 
 
-def open_pack(path: Path, read_mode: str) -> OpenPack:
-    """Open the pack at `path`; imports MLX. Raises PackError, DamagedPackError, FlashReadError."""
+def open_pack(path: Path, read_mode: str, modules: bool, start: Callable[[OpenPack], None]) -> OpenPack:
+    """Open the pack at `path`; imports libraries, with `modules` those of mlx-lm's models.
+
+    `start` is called when the files are open and checked: what it adds to `stores` is read from then on. It is called
+    again with another OpenPack when the pack was replaced meanwhile.
+    Raises PackError, DamagedPackError, FlashReadError, and what `start` raises.
+    """
     for attempt in range(ATTEMPTS):
         manifest = read_manifest(path)
         last = attempt == ATTEMPTS - 1
         try:
-            opened = _open(manifest, read_mode)
+            opened = _open(manifest, read_mode, modules, start)
         except FlashSparseError:
             if last or not manifest.replaced():
                 raise
@@ -57,23 +70,30 @@ def open_pack(path: Path, read_mode: str) -> OpenPack:
     raise PackError(f"{path}: the pack was replaced {ATTEMPTS} times while it was opened; try again")
 
 
-def _open(manifest: Manifest, read_mode: str) -> OpenPack:
-    files: list[FlashFile] = []
+def _open(manifest: Manifest, read_mode: str, modules: bool, start: Callable[[OpenPack], None]) -> OpenPack:
+    pack = OpenPack(manifest)
     try:
-        manifest.check_sizes()
-        layers = range(manifest.layers)
-        predictor = len(layers) + 1 if PREDICTOR in manifest.files else None
-        paths = [manifest.resident_path, *map(manifest.flash_path, layers)]
-        for path in paths if predictor is None else [*paths, manifest.predictor_path]:
-            files.append(FlashFile(path, read_mode))
-        headers = [read_header(manifest.resident_path, error=PackError), *map(manifest.flash_header, layers)]
-        check_resident(manifest, headers[0])
-        if predictor is not None:
-            headers.append(read_header(manifest.predictor_path, error=PackError))
-            check_predictor(manifest, headers[predictor])
-        import_mlx_lm(manifest.family)
-        return OpenPack(manifest, load_tokenizer(manifest), headers, files, predictor)
+        _open_files(pack, read_mode)
+        start(pack)
+        import_libraries(manifest.family, modules)
+        pack.tokenizer = load_tokenizer(manifest)
+        return pack
     except BaseException:
-        for file in files:
-            file.close()
+        pack.close()
         raise
+
+
+def _open_files(pack: OpenPack, read_mode: str) -> None:
+    """Open and check every file of records and weights."""
+    manifest, layers = pack.manifest, range(pack.manifest.layers)
+    manifest.check_sizes()
+    predictor = len(layers) + 1 if PREDICTOR in manifest.files else None
+    paths = [manifest.resident_path, *map(manifest.flash_path, layers)]
+    for path in paths if predictor is None else [*paths, manifest.predictor_path]:
+        pack.files.append(FlashFile(path, read_mode))
+    pack.headers = [read_header(manifest.resident_path, error=PackError), *map(manifest.flash_header, layers)]
+    check_resident(manifest, pack.headers[0])
+    if predictor is not None:
+        pack.headers.append(read_header(manifest.predictor_path, error=PackError))
+        check_predictor(manifest, pack.headers[predictor])
+    pack.predictor = predictor

@@ -36,8 +36,8 @@ def _process_untouched() -> Iterator[None]:
             del os.environ[name]
 
 
-def import_mlx_lm(family: str) -> None:
-    """Import MLX, mlx-lm (1 to 2 s) and our modules, and run a token of a tiny model.
+def import_libraries(family: str, modules: bool) -> None:
+    """Import MLX, mlx-lm (1 to 2 s) and our own parts; with `modules` the family's mlx-lm model too, and run a token.
 
     Afterwards libraries are loaded and their code is in memory, so that what follows is the engine's own footprint.
     """
@@ -45,11 +45,14 @@ def import_mlx_lm(family: str) -> None:
         import flashsparse.assembly
         import flashsparse.cache
         import flashsparse.kvcache
+        import flashsparse.models.native_decoder
         import flashsparse.session
         import flashsparse.weights  # noqa: F401
 
-        importlib.import_module(f"flashsparse.models.{family}")
-        _run_tiny_model()
+        if modules:
+            importlib.import_module(f"flashsparse.models.{family}")
+            _run_tiny_model()
+        _run_sampler()
         _run_bookkeeping()
 
 
@@ -57,13 +60,19 @@ def import_mlx_lm(family: str) -> None:
 def _run_tiny_model() -> None:
     import mlx.core as mx
     from mlx_lm.models.llama import Model, ModelArgs
-    from mlx_lm.sample_utils import make_sampler
 
     model = Model(ModelArgs("llama", 32, 1, 32, 2, 1e-5, 32))
     for count in (3, 1):
-        logits = model(mx.zeros((1, count), mx.int32))
-    last = logits[:, -1]
-    mx.eval(make_sampler(temp=1.0, top_p=0.9)(last - mx.logsumexp(last, axis=-1, keepdims=True)))
+        mx.eval(model(mx.zeros((1, count), mx.int32)))
+
+
+@functools.cache
+def _run_sampler() -> None:
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    logits = mx.arange(32.0)[None]
+    mx.eval(make_sampler(temp=1.0, top_p=0.9)(logits - mx.logsumexp(logits, axis=-1, keepdims=True)))
 
 
 @functools.cache

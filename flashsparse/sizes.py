@@ -78,6 +78,10 @@ class Sizes:
             "whole": [index for index, layer in enumerate(layers) if layer.every],
         }
 
+    def begun_bytes(self) -> int:
+        """What the read pool may have taken before anything else is allocated; a part of the plan's overhead."""
+        return THREAD_BYTES * self.io_threads
+
     def _file_bytes(self, name: str) -> int:
         from flashsparse.weights import resident_bytes
 

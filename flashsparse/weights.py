@@ -7,6 +7,7 @@ kernels' business.
 from __future__ import annotations
 
 import mmap
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ import numpy as np
 from flashsparse.errors import PackError
 
 if TYPE_CHECKING:
-    from flashsparse.flash import FlashFile, ReadPool
+    from flashsparse.flash import Batch, FlashFile, ReadPool
     from flashsparse.pack.manifest import Quant
     from flashsparse.pack.safetensors import Header, TensorInfo
 
@@ -43,6 +44,8 @@ class Buffer:
 
 
 def _has_metal() -> bool:
+    if sys.platform != "darwin":
+        return False
     import mlx.core as mx
 
     return bool(mx.metal.is_available())
@@ -104,7 +107,8 @@ class Segment:
 class ResidentStore:
     """Every tensor of one safetensors file of a pack, read into a few buffers. Raises PackError for a missing tensor.
 
-    `quant`: base name -> quantization of the matrices that the file holds quantized.
+    Making it starts the reads, large and in the order of the file; `wait` for them before asking for a tensor.
+    `quant`: base name -> quantization of the matrices that the file holds quantized. `nbytes`: of all buffers.
     More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one.
     """
 
@@ -112,20 +116,38 @@ class ResidentStore:
         self._path, self._quant = header.path, quant
         self._tensors = header.tensors
         self._segment_of: dict[str, Segment] = {}
-        for group in _grouped(sorted(header.tensors.values(), key=lambda t: t.begin)):
-            segment = self._read(pool, file, group[0].begin, group[-1].end)
-            self._segment_of.update({info.name: segment for info in group})
+        self._batches: list[Batch] = []
+        self.nbytes = 0
+        try:
+            for group in _grouped(sorted(header.tensors.values(), key=lambda t: t.begin)):
+                segment = self._start(pool, file, group[0].begin, group[-1].end)
+                self._segment_of.update({info.name: segment for info in group})
+        except BaseException:
+            self.release()
+            raise
 
-    def _read(self, pool: ReadPool, file: FlashFile, begin: int, end: int) -> Segment:
-        """Read the file from `begin`, rounded down to a page, to `end`."""
+    def _start(self, pool: ReadPool, file: FlashFile, begin: int, end: int) -> Segment:
+        """Begin to read the file from `begin`, rounded down to a page, to `end`."""
         start = begin // ALIGNMENT * ALIGNMENT
         segment = Segment(start, Buffer(-(-(end - start) // ALIGNMENT) * ALIGNMENT))
         starts = np.arange(0, end - start, READ_BYTES, dtype=np.int64)
         needs = np.minimum(end - start - starts, READ_BYTES)
         lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
-        with pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts) as batch:
-            batch.wait()
+        self._batches.append(pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts))
+        self.nbytes += segment.buffer.nbytes
         return segment
+
+    def wait(self) -> None:
+        """Until every byte is there. Raises FlashReadError when reading failed."""
+        for batch in self._batches:
+            batch.wait()
+        self.release()
+
+    def release(self) -> None:
+        """Drop the reads that have not begun and wait for those in flight. Idempotent; the buffers stay."""
+        while self._batches:
+            self._batches[-1].release()
+            self._batches.pop()
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
