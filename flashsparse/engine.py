@@ -10,7 +10,7 @@ import gc
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from flashsparse.kvcache import KVCache
     from flashsparse.models.decoder import Decoder
     from flashsparse.opening import OpenPack
-    from flashsparse.pack.manifest import Manifest
+    from flashsparse.pack.manifest import Manifest, Quant
     from flashsparse.session import Session
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.weights import ResidentStore
@@ -178,14 +178,14 @@ class Engine:
         self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
         if self._pool is None:
             self._pool = ReadPool(options.io_threads)
-        quants = {0: self.manifest.resident_quant}
+        quants: dict[int, Mapping[str, Quant]] = {0: self.manifest.resident_quant}
         if self.tier == "predict" and pack.predictor is not None:
             quants[pack.predictor] = predictor_quant(self.manifest)
         for at, quant in quants.items():
             pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant))
 
     def _load(self, pack: OpenPack, options: _Options) -> None:
-        """Plan and build. `runtime` is what imports and the tokenizer cost: the footprint less what was read meanwhile."""
+        """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
         from flashsparse.kernels import make_kernels
 
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)

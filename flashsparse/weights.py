@@ -7,7 +7,7 @@ kernels' business.
 from __future__ import annotations
 
 import mmap
-import sys
+import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,8 +44,8 @@ class Buffer:
 
 
 def _has_metal() -> bool:
-    if sys.platform != "darwin":
-        return False
+    if platform.system() != "Darwin":
+        return False  # importing MLX costs time here
     import mlx.core as mx
 
     return bool(mx.metal.is_available())
