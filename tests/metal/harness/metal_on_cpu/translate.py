@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tests.metal.harness.metal_on_cpu.faults import TranslationError
 
+ENTRY = "msl_kernel"
 ADDRESS_SPACES = ("device", "constant", "thread", "kernel")
 _ATTRIBUTE = re.compile(r"\[\[\s*(?:kernel|host_name\([^)]*\)|max_total_threads_per_threadgroup\([^)]*\))\s*\]\]")
 _TEMPLATE = re.compile(r"template\s*<([^>]*)>\s*\Z")
@@ -55,8 +56,10 @@ def translate(source: str) -> Kernel:
         raise TranslationError(f"kernel {name}: a template without its instance, or an instance without a template")
     body = source if instance is None else source[: instance.start()]
     body = body[: body.index("[[kernel]]")] + _plain_signature(body[body.index("[[kernel]]") :])
-    cpp = f'#include "metal_stdlib.h"\n#line 1 "{name}.metal"\n{_erase(body)}\n'
-    return Kernel(cpp + _entry(name, arguments, buffers, positions), tuple(buffers))
+    # One name for all: MLX's tells address spaces apart, which are erased, so that such kernels are compiled once.
+    body = re.sub(rf"\b{name}\b", ENTRY, body)
+    cpp = f'#include "metal_stdlib.h"\n#line 1 "kernel.metal"\n{_erase(body)}\n'
+    return Kernel(cpp + _entry(arguments, buffers, positions), tuple(buffers))
 
 
 def _matching(text: str, start: int) -> int:
@@ -136,9 +139,9 @@ def _reference(declared: str, number: int) -> str:
     return f"typedef {found['type']} {alias}{found['dims']}; auto& {found['name']} = msl_shared<{alias}, {number}>()"
 
 
-def _entry(name: str, arguments: str, buffers: list[Buffer], passed: list[str]) -> str:
+def _entry(arguments: str, buffers: list[Buffer], passed: list[str]) -> str:
     unused = "" if buffers else "(void)buffers; "
     return (
         f'extern "C" void msl_lane(void* const* buffers, const MslIds* ids) {{ {unused}(void)ids; '
-        f"{name}{arguments}({', '.join(passed)}); }}\n"
+        f"{ENTRY}{arguments}({', '.join(passed)}); }}\n"
     )

@@ -1,0 +1,82 @@
+"""The Metal source that MLX prints for each kernel and type: kept in `golden/<MLX version>/`, compared by test_golden.
+
+A change here is a change of what a Mac compiles. Record it, after looking at the difference, with
+
+    python -m tests.metal.golden
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from metal_kernels import launch, sparse_ffn
+from metal_kernels.records import Record
+from tests.metal.harness import metal_on_cpu
+
+DIRECTORY = Path(__file__).with_name("golden") / mx.__version__
+FORMATS = (("F32", "F32"), ("F16", "F16"), ("BF16", "BF16"), ("Q8", "F16"), ("Q4", "BF16"))
+
+
+class Printed(metal_on_cpu.MetalKernel):
+    """A kernel that is captured, not run: each call writes its source to `found`, and returns zeros."""
+
+    found: str = ""
+
+    def __call__(self, **call: Any) -> list[mx.array]:
+        arguments = (call["inputs"], call["output_shapes"], call["output_dtypes"], call.get("template"))
+        Printed.found = self.source(*arguments)
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(*arguments[1:3], strict=True)]
+
+
+def printed(run: Callable[[], object]) -> str:
+    """The source of the last kernel that `run` calls."""
+    made, mx.fast.metal_kernel = mx.fast.metal_kernel, _printing
+    launch.kernel.cache_clear()
+    try:
+        run()
+    finally:
+        mx.fast.metal_kernel = made
+        launch.kernel.cache_clear()
+    return Printed.found
+
+
+def _printing(**arguments: Any) -> Printed:
+    return Printed(metal_on_cpu.metal_kernel(**arguments).definition)
+
+
+def _record(form: str, source: str) -> Record:
+    size = {"F32": 256, "F16": 128, "BF16": 128, "Q8": 72, "Q4": 40}[form]
+    return Record(d=64, format=form, source=source, gate=0, up=size, down=2 * size, group=32 if form[0] == "Q" else 0)
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """Each golden file's name without its ending, and what calls the kernel."""
+    found: dict[str, Callable[[], object]] = {}
+    slab, at = mx.zeros((16, 1024), mx.uint8), mx.zeros((16,), mx.int64)
+    ids, one, x = mx.zeros((16,), mx.int32), mx.array([16], mx.int32), mx.zeros((1, 64))
+    for form, source in FORMATS:
+        record = _record(form, source)
+        name = form if form == source else f"{form}-{source}"
+        found[f"sparse_ffn_hidden-{name}"] = lambda r=record: sparse_ffn.hidden(r, slab, at, one, x)
+        found[f"sparse_ffn_down-{name}"] = lambda r=record: sparse_ffn.down(
+            r, slab, at, ids, mx.zeros((17,), mx.int32), mx.zeros((1, 16))
+        )
+    for dtype in (mx.float32, mx.float16, mx.bfloat16):
+        name = str(dtype).rpartition(".")[2]
+        found[f"sparse_ffn_sum-{name}"] = lambda t=dtype: sparse_ffn.total(mx.zeros((16, 1, 64)), t)
+    return found
+
+
+def main() -> None:
+    DIRECTORY.mkdir(parents=True, exist_ok=True)
+    for name, run in cases().items():
+        (DIRECTORY / f"{name}.metal").write_text(printed(run), encoding="utf-8")
+        print(DIRECTORY / f"{name}.metal")
+
+
+if __name__ == "__main__":
+    main()

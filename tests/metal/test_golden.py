@@ -1,0 +1,21 @@
+"""What MLX prints for each kernel and type is what was looked at and kept."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.metal import golden
+
+
+@pytest.mark.parametrize("name", golden.cases())
+def test_the_printed_source_is_the_kept_one(name: str) -> None:
+    if not golden.DIRECTORY.exists():
+        pytest.skip(f"no sources kept for this MLX: python -m tests.metal.golden makes {golden.DIRECTORY.name}")
+    kept = (golden.DIRECTORY / f"{name}.metal").read_text(encoding="utf-8")
+    assert golden.printed(golden.cases()[name]) == kept
+
+
+def test_every_kept_source_has_its_kernel() -> None:
+    if not golden.DIRECTORY.exists():
+        pytest.skip("no sources kept for this MLX")
+    assert {file.stem for file in golden.DIRECTORY.iterdir()} == set(golden.cases())
