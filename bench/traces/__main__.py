@@ -21,7 +21,7 @@ from bench.traces.trace import Trace, record
 from flashsparse.errors import UsageError
 from flashsparse.memory import format_bytes
 
-SLOTS = "5%,10%,15%,20%,30%,40%,50%,70%,90%"
+SLOTS = "10%,20%,30%,50%,70%"
 
 
 def main() -> None:
