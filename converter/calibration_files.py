@@ -41,6 +41,7 @@ MEANINGS = {
     "x_mean": "[d] mean of x, the FFN's input after its norm",
     "x_square": "[d] mean of x^2",
     "x_second_moment": "[d, d] mean of x x^T",
+    "order": "[I] the neuron that each record will be, by `convert --order`",
 }
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.bundles import records
+from converter.order import published_orders
 from converter.plan import Plan
 from converter.predict import published
 from converter.quantize import quantize_rows
@@ -25,6 +26,9 @@ def difference(checkpoint: Checkpoint, plan: Plan, dst: Path) -> str:
     """The first thing in the pack at `dst` that differs from the plan and the checkpoint, "" when nothing does."""
     try:
         found = Manifest.load(dst)
+        text, plan = published_orders(plan, found)
+        if text:
+            return text
         text, plan = _predictor(checkpoint, plan, found)
         text = text or _facts(plan, found)
         return text or _records(checkpoint, plan, found) or _resident(checkpoint, plan, found)

@@ -16,6 +16,15 @@ from converter.compare import difference
 from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
+from converter.order import (
+    Ordering,
+    find_orders,
+    order_activity,
+    order_options,
+    reordered,
+    without_texts,
+    write_orders,
+)
 from converter.plan import Options, Plan, make_plan
 from converter.predict import check_texts, fit, write_predictor
 from converter.predict_options import given, predict_options
@@ -25,6 +34,7 @@ from converter.source import Checkpoint, open_checkpoint
 from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_digest, flash_name, resident_digest
 from flashsparse.pack.manifest import MANIFEST, PREDICTOR, RESIDENT, read_manifest
+from flashsparse.pack.order import ORDER
 
 Progress = Callable[[str, int, int], None]  # (file being written, bytes done, bytes of the whole pack)
 
@@ -51,6 +61,7 @@ def convert(
     target: str | None = None,
     thresholds: str | os.PathLike[str] | None = None,
     predictor_from: str | os.PathLike[str] | None = None,
+    order: str = "source",
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -60,6 +71,9 @@ def convert(
 
     `activation` (NAME[:PARAM]) overrides the configuration's. `resume` continues a conversion that was stopped, starts
     one when there is none, and succeeds at once when the pack is complete; `force` replaces a pack at `dst`.
+
+    `order` is that of the records on flash: source, random[:SEED], or frequency or coactivation as measured on the
+    first `calibrate_tokens` (10000) of the texts `calibrate`.
 
     Tier predict, which `progress` tells of and before it `fitting` (what, done, of how many): a `predictor`
     (gate-copy, the default, gate-up-copy, svd, wsvd, trained, exact-gate) of `predictor_bits` (1 to 4, by default 2)
@@ -84,7 +98,9 @@ def convert(
         select=select,
         target=target,
     )
-    options = Options(bits, group_size, tier, gate, activation, predict_options(found, tier))
+    ordering = order_options(order, found)
+    predict = predict_options(without_texts(found, ordering, tier), tier)
+    options = Options(bits, group_size, tier, gate, activation, predict, ordering)
     pack = _destination(dst)
     if os.path.lexists(pack) and not (resume or force):
         raise _exists(pack)
@@ -93,11 +109,14 @@ def convert(
         source = checkpoint.fingerprint()
         if plan.recipe is not None:
             check_texts(plan.recipe, checkpoint.directory)
+        if ordering is not None:
+            order_activity(ordering, plan.model.activation)  # refuses what has none
         try:
             with Staging(pack) as staging:
                 journal = _begin(checkpoint, plan, source, staging, resume, force)
                 if journal is not None:
-                    _Run(checkpoint, plan, staging, journal, progress or _silent, fitting).finish(source)
+                    run = _Run(checkpoint, plan, staging, journal, progress or _silent, fitting, activation)
+                    run.finish(source)
                 staging.remove()
         except OSError as problem:
             raise _write_error(pack, problem) from problem
@@ -207,6 +226,7 @@ class _Run:
     journal: Journal
     progress: Progress
     fitting: Progress | None
+    override: str | None = None  # the activation that the user named
     _name: str = ""  # the file being written
     _done: int = 0
     _total: int = 0
@@ -215,6 +235,7 @@ class _Run:
         """Writes what is missing and publishes. `source` is the fingerprint that was checked at the start."""
         if self.journal.digest is None or _digest(self.staging.pack) != self.journal.digest:
             self._fit()
+            self._order()
             self._write_files()
             self._check_unchanged(source)
             self._write_manifest()
@@ -224,7 +245,21 @@ class _Run:
         """In tier predict: the predictor first, so that the size of every file is known."""
         if self.plan.recipe is not None:
             directory, work = self.checkpoint.directory, self.staging.calibration
-            self.plan = replace(self.plan, predictor=fit(self.plan.recipe, directory, work, self.fitting))
+            found = fit(self.plan.recipe, directory, work, self.fitting, self._ordering())
+            self.plan = replace(self.plan, predictor=found)
+
+    def _ordering(self) -> list[Ordering]:
+        """The collector of an order that is measured on the texts that predictors are fitted on."""
+        options = self.plan.ordering
+        activity = None if options is None else order_activity(options, self.plan.model.activation)
+        return [] if options is None or activity is None else [Ordering(options, activity)]
+
+    def _order(self) -> None:
+        """Records in another order than the source's: found before anything is written."""
+        if self.plan.ordering is not None:
+            directory, work = self.checkpoint.directory, self.staging.calibration
+            orders = find_orders(self.plan, directory, work, self.override, self.fitting)
+            self.plan = reordered(self.plan, orders)
 
     def _write_files(self) -> None:
         sizes = self.plan.sizes
@@ -256,7 +291,11 @@ class _Run:
                 self._advance(file.digest.bytes)
             elif name == PREDICTOR:
                 assert self.plan.predictor is not None
-                write_predictor(self.plan.predictor, file, self._advance)
+                orders = None if self.plan.orders is None else self.plan.orders.orders
+                write_predictor(self.plan.predictor, file, self._advance, orders)
+            elif name == ORDER:
+                assert self.plan.orders is not None
+                write_orders(self.plan.orders, file, self._advance)
             else:
                 write_records(self.checkpoint, self.plan, self._layer(name), file, self._advance)
             return file.finish()
@@ -267,7 +306,9 @@ class _Run:
     def _new_digest(self, name: str) -> FileDigest:
         if name in (RESIDENT, PREDICTOR):
             return resident_digest()
-        return FileDigest() if name in self.plan.small_files() else flash_digest(self.plan.record.stride)
+        return (
+            FileDigest() if name == ORDER or name in self.plan.small_files() else flash_digest(self.plan.record.stride)
+        )
 
     def _advance(self, count: int) -> None:
         self._done += count

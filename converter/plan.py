@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from converter.predict import Fitted, make_recipe
 from converter.predict_fit import Recipe
@@ -30,7 +30,11 @@ from flashsparse.models.tensors import (
 )
 from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
 from flashsparse.pack.manifest import CONFIG, PREDICTOR, RESIDENT, FileEntry, Manifest, canonical_json
+from flashsparse.pack.order import ORDER, TENSOR
 from flashsparse.pack.safetensors import ALIGN, header_bytes, shape_bytes, storage_order
+
+if TYPE_CHECKING:
+    from converter.order import OrderOptions, Orders
 
 BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
@@ -49,6 +53,7 @@ class Options:
     gate: str = "full"
     activation: str | None = None
     predict: PredictOptions | None = None
+    order: OrderOptions | None = None
 
     def __post_init__(self) -> None:
         choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES}
@@ -62,7 +67,8 @@ class Options:
 class Plan:
     """A conversion with every choice made. `sources` are the checkpoint's tensors by canonical name.
 
-    In tier predict `recipe` says how the predictor is made, and `predictor` is None until it is there.
+    In tier predict `recipe` says how the predictor is made, and `predictor` is None until it is there; `ordering` and
+    `orders` are the same for records that are reordered.
     """
 
     model: NormalizedModel
@@ -74,6 +80,8 @@ class Plan:
     copies: tuple[Path, ...]
     recipe: Recipe | None = None
     predictor: Fitted | None = None
+    ordering: OrderOptions | None = None
+    orders: Orders | None = None
 
     @property
     def gate(self) -> str:
@@ -144,6 +152,9 @@ class Plan:
         sizes |= {flash_name(n): ALIGN + self.records * self.record.stride for n in range(self.model.layers)}
         resident = sum(shape_bytes(*tensor) for tensor in self.resident_tensors.values())
         sizes |= {RESIDENT: len(header_bytes(self.resident_tensors)) + resident}
+        if self.ordering is not None:
+            table = {TENSOR: ("I32", (self.model.layers, self.records))}
+            sizes |= {ORDER: len(header_bytes(table)) + 4 * self.model.layers * self.records}
         predictor = 0 if self.predictor is None else self.predictor.file_bytes
         return sizes | ({PREDICTOR: predictor} if predictor else {})
 
@@ -170,6 +181,7 @@ class Plan:
             prefill_chunk=default_prefill_chunk(model.hidden_size),
             files=dict(files),
             predictor=None if self.predictor is None else self.predictor.spec,
+            order=None if self.orders is None else self.orders.spec,
         )
 
     def choices(self) -> dict[str, Any]:
@@ -179,7 +191,9 @@ class Plan:
             "group-size": self.quant.group_size if self.quant else None,
             "tier": self.tier,
             "activation": vars(self.model.activation),
-        } | ({} if self.recipe is None else self.recipe.options.choices())
+            **({} if self.recipe is None else self.recipe.options.choices()),
+            **({} if self.ordering is None else self.ordering.choices()),
+        }
 
 
 def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
@@ -204,6 +218,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         sources=sources,
         shapes=shapes,
         copies=tuple(checkpoint.copies()),
+        ordering=options.order,
     )
     if options.predict is not None:
         plan = _predicting(plan, options.predict, options.activation)

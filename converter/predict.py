@@ -6,14 +6,14 @@ by `predict_target`. One layer is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from converter.calibrate import WINDOW, calibrate
+from converter.calibrate import WINDOW, Collector, calibrate
 from converter.calibration_files import layer_path, write_layer
 from converter.disk import OutputFile
 from converter.model import LayerWeights, Model, open_model
@@ -134,8 +134,10 @@ def check_texts(recipe: Recipe, source: Path) -> None:
             _Texts.read(recipe.options, model)
 
 
-def fit(recipe: Recipe, source: Path, work: Path, progress: Progress | None) -> Fitted:
+def fit(recipe: Recipe, source: Path, work: Path, progress: Progress | None, extra: Sequence[Collector] = ()) -> Fitted:
     """Fits all layers, or those that an earlier run in `work` did not, and meets the target.
+
+    `extra` collectors see the same walk, if there is a text.
 
     `source` is the checkpoint's directory. Raises what calibration raises, and OSError when writing fails.
     """
@@ -153,7 +155,7 @@ def fit(recipe: Recipe, source: Path, work: Path, progress: Progress | None) -> 
                 window=recipe.options.window,
                 activation=recipe.override,
                 progress=progress,
-                extra=[_Fitting(recipe, texts.walked)],
+                extra=[_Fitting(recipe, texts.walked), *extra],
             )
         except ConvertError as problem:
             if isinstance(problem.__cause__, OSError):  # whoever converts says what is kept and how to go on
@@ -303,13 +305,19 @@ def _stored(spec: PredictorSpec, recipe: Recipe, tensors: Tensors) -> Stored:
     return {name: stored[name] for name in storage_order(stored)}
 
 
-def write_predictor(fitted: Fitted, file: OutputFile, advance: Callable[[int], None]) -> None:
-    """Writes the predictor file; `advance` is told the bytes written."""
+def write_predictor(
+    fitted: Fitted, file: OutputFile, advance: Callable[[int], None], orders: np.ndarray | None = None
+) -> None:
+    """Writes the predictor file, rows of neurons in `orders` [layers, I]; `advance` is told the bytes written."""
     header = header_bytes(fitted.stored)
     file.write(header)
     advance(len(header))
     for name in fitted.stored:
-        data = read_tensor(fitted.tensors[name], name).tobytes()
+        values = read_tensor(fitted.tensors[name], name)
+        _, layer, part = name.split(".", 2)
+        if orders is not None and not part.startswith("fc1."):  # which alone has no row for each neuron
+            values = values[orders[int(layer)]]
+        data = values.tobytes()
         file.write(data)
         advance(len(data))
 

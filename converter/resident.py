@@ -44,10 +44,24 @@ def write_resident(checkpoint: Checkpoint, plan: Plan, file: OutputFile, advance
 def _copy(
     checkpoint: Checkpoint, source: SourceTensor, offset: int, file: OutputFile, advance: Callable[[int], None]
 ) -> None:
+    if source.order is not None:
+        _copy_ordered(checkpoint, source, offset, file, advance)
+        return
     for begin in range(0, source.info.nbytes, BLOCK_BYTES):
         block = np.empty(min(BLOCK_BYTES, source.info.nbytes - begin), np.uint8)
         checkpoint.read_bytes(source, begin, block.data)
         file.write_at(offset + begin, block.data)
+        advance(block.nbytes)
+
+
+def _copy_ordered(
+    checkpoint: Checkpoint, source: SourceTensor, offset: int, file: OutputFile, advance: Callable[[int], None]
+) -> None:
+    rows, row_bytes = source.shape[0], source.info.nbytes // source.shape[0]
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for begin in range(0, rows, step):
+        block = checkpoint.rows(source, begin, min(rows, begin + step))
+        file.write_at(offset + begin * row_bytes, block.reshape(-1).view(np.uint8).data)
         advance(block.nbytes)
 
 

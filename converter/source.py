@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ INDEX = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 MAX_JSON_BYTES = 100 << 20
 MAX_COPY_BYTES = 256 << 20
+ORDERED_BYTES = 16 << 20  # read at once where rows or columns come in another order
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -42,10 +43,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor and the shard that holds it."""
+    """One tensor and the shard that holds it. With an `order`, row (`axis` 0) or column (1) i is stored at order[i]."""
 
     path: Path
     info: TensorInfo
+    order: np.ndarray | None = field(default=None, compare=False, repr=False)
+    axis: int = 0
 
     @property
     def dtype(self) -> str:
@@ -107,6 +110,8 @@ class Checkpoint:
 
     def rows(self, tensor: SourceTensor, begin: int, end: int) -> np.ndarray:
         """Rows [begin, end) of a tensor, all other axes whole; BF16 as uint16."""
+        if tensor.order is not None:
+            return self._ordered_rows(tensor, tensor.order, begin, end)
         out = np.empty((end - begin, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
         row_bytes = tensor.info.nbytes // tensor.shape[0]
         self.read_bytes(tensor, begin * row_bytes, out.reshape(-1).view(np.uint8).data)
@@ -115,12 +120,36 @@ class Checkpoint:
     def columns(self, tensor: SourceTensor, begin: int, end: int) -> np.ndarray:
         """Columns [begin, end) of a matrix [rows, cols] as [rows, end - begin]; BF16 as uint16."""
         rows, cols = tensor.shape
+        if tensor.order is not None:
+            return self._ordered_columns(tensor, tensor.order[begin:end])
         if (begin, end) == (0, cols):
             return self.rows(tensor, 0, rows)
         out = np.empty((rows, end - begin), numpy_dtype(tensor.dtype))
         item = out.dtype.itemsize
         for row in range(rows):
             self.read_bytes(tensor, (row * cols + begin) * item, out[row].view(np.uint8).data)
+        return out
+
+    def _ordered_rows(self, tensor: SourceTensor, order: np.ndarray, begin: int, end: int) -> np.ndarray:
+        stored = replace(tensor, order=None)
+        if tensor.axis == 1:
+            return np.ascontiguousarray(self.rows(stored, begin, end)[:, order])
+        if tensor.info.nbytes <= ORDERED_BYTES:
+            return self.rows(stored, 0, tensor.shape[0])[order[begin:end]]
+        out = np.empty((end - begin, *tensor.shape[1:]), numpy_dtype(tensor.dtype))
+        for row, wanted in enumerate(order[begin:end].tolist()):
+            out[row] = self.rows(stored, wanted, wanted + 1)[0]
+        return out
+
+    def _ordered_columns(self, tensor: SourceTensor, wanted: np.ndarray) -> np.ndarray:
+        """Stored columns `wanted` [n] of a matrix as [rows, n], read in blocks of rows."""
+        rows = tensor.shape[0]
+        out = np.empty((rows, len(wanted)), numpy_dtype(tensor.dtype))
+        step = max(1, rows * ORDERED_BYTES // tensor.info.nbytes)
+        stored = replace(tensor, order=None)
+        for begin in range(0, rows, step):
+            end = min(rows, begin + step)
+            out[begin:end] = self.rows(stored, begin, end)[:, wanted]
         return out
 
     def fingerprint(self) -> dict[str, str]:

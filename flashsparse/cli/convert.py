@@ -59,6 +59,14 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
     help="silu, relu, relu2, fatrelu:THRESHOLD or drelu, in place of the configuration's.  [default: config.json's]",
 )
 @predict_options
+@click.option(
+    "--order",
+    metavar="ORDER",
+    default="source",
+    show_default=True,
+    help="Order of the records on flash: source, frequency, coactivation (neurons that fire together lie together; "
+    "both measured on --calibrate FILE) or random[:SEED].",
+)
 @click.option("--resume", is_flag=True, help="Continue a conversion that was stopped, if any.  [default: off]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there, at the end.  [default: off]")
 def convert(
@@ -69,6 +77,7 @@ def convert(
     tier: str,
     gate: str,
     activation: str | None,
+    order: str,
     resume: bool,
     force: bool,
     **predict: Any,
@@ -90,6 +99,7 @@ def convert(
                 tier=tier,
                 gate=gate,
                 activation=activation,
+                order=order,
                 resume=resume,
                 force=force,
                 progress=stages.writing,
@@ -199,6 +209,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"weights     {codec}",
         f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",
         f"record      {record.bytes} bytes, stride {record.stride}",
+        *([] if manifest.order is None else [f"order       {manifest.order.kind}"]),
         *predictor_summary(manifest),
         *(_direct_reads(manifest, sector) for sector in SECTORS),
     ]

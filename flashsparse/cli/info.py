@@ -46,11 +46,20 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("direct reads", _amplification(record)),
         ("prefill", f"chunks of {facts['prefill_chunk']} tokens"),
     ]
+    if facts["order"] is not None:
+        result.append(("order", _order(facts["order"])))
     if facts["predictor"] is not None:
         result += _predictor(facts["predictor"])
     result += _bytes(facts["bytes"]) + _parameters(facts)
     said = quality_report(facts["tier"], facts["quality"], facts["quality_problem"])
     return [*result, *zip(("quality", ""), said, strict=False), ("digest", facts["digest"])]
+
+
+def _order(order: dict[str, Any]) -> str:
+    """How records are ordered on flash."""
+    if order["kind"] == "random":
+        return f"random, seed {order['seed']}"
+    return f"{order['kind']}, measured on {order['tokens']} tokens"
 
 
 def _activation(activation: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from flashsparse.errors import PackError
 from flashsparse.pack.layout import Quant, Record, flash_name
 from flashsparse.pack.manifest import CONFIG, FORMAT, MANIFEST, PREDICTOR, RESIDENT, VERSION, Manifest
+from flashsparse.pack.order import ORDER, read_orders
 from flashsparse.pack.predictor import check_predictor, predictor_quant
 from flashsparse.pack.safetensors import ALIGN, Header, read_header
 
@@ -117,10 +118,17 @@ def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "resident_quant": {name: asdict(quant) for name, quant in sorted(manifest.resident_quant.items())},
         "record": _record(manifest.record),
         "prefill_chunk": manifest.prefill_chunk,
+        "order": _order(manifest),
         "predictor": _predictor(manifest),
         "bytes": _bytes(manifest, header),
         **_parameters(manifest, header, predictor),
     }
+
+
+def _order(manifest: Manifest) -> dict[str, Any] | None:
+    """How records are ordered, once the order itself is checked; None in source order."""
+    read_orders(manifest)
+    return None if manifest.order is None else manifest.order.to_dict()
 
 
 def _predictor_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
@@ -189,7 +197,8 @@ def _bytes(manifest: Manifest, header: Header) -> dict[str, int]:
     flash = sum(manifest.files[flash_name(layer)].bytes for layer in range(manifest.layers))
     resident = manifest.files[RESIDENT].bytes
     predictor = manifest.files[PREDICTOR].bytes if PREDICTOR in manifest.files else 0
-    rest = sum(entry.bytes for entry in manifest.files.values()) - flash - resident - predictor
+    order = manifest.files[ORDER].bytes if ORDER in manifest.files else 0
+    rest = sum(entry.bytes for entry in manifest.files.values()) - flash - resident - predictor - order
     text = (manifest.path / MANIFEST).stat().st_size
     return {
         "flash": flash,
@@ -200,7 +209,8 @@ def _bytes(manifest: Manifest, header: Header) -> dict[str, int]:
         "config": manifest.files[CONFIG].bytes,
         "tokenizer": rest - manifest.files[CONFIG].bytes,
         "manifest": text,
-        "total": flash + resident + predictor + rest + text,
+        **({"order": order} if order else {}),
+        "total": flash + resident + predictor + order + rest + text,
     }
 
 

@@ -32,6 +32,7 @@ from flashsparse.pack.layout import (
     resident_digest,
     vector_bytes,
 )
+from flashsparse.pack.order import ORDER, OrderSpec, read_order_spec
 from flashsparse.pack.safetensors import ALIGN, Header, read_header
 from flashsparse.sparsity.spec import PredictorSpec, Shape, read_spec
 
@@ -111,6 +112,7 @@ class Manifest:
     prefill_chunk: int
     files: dict[str, FileEntry]
     predictor: PredictorSpec | None = None
+    order: OrderSpec | None = None
 
     @staticmethod
     def load(pack_dir: str | os.PathLike[str]) -> Manifest:
@@ -228,6 +230,7 @@ class Manifest:
             "prefill_chunk": self.prefill_chunk,
             "predictor": None if self.predictor is None else self.predictor.to_dict(),
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
+            **({} if self.order is None else {"order": self.order.to_dict()}),
         }
 
 
@@ -271,6 +274,7 @@ def _manifest(node: Node, path: Path) -> Manifest:
         record=_record(node.child("record")),
         prefill_chunk=node.integer("prefill_chunk", 1),
         files={name: _file(child) for name, child in node.child("files").children()},
+        order=read_order_spec(node.child("order")) if node.has("order") else None,
     )
     return manifest if node.null("predictor") else replace(manifest, predictor=_predictor(node, manifest))
 
@@ -358,6 +362,8 @@ def _check_files(node: Node, m: Manifest) -> None:
     if missing:
         listing = f"{listed(sorted(m.files))}, no {', '.join(missing)}"
         node.fail("files", listing, f"{CONFIG}, {RESIDENT} and a file for each of {m.layers} layers")
+    if (ORDER in m.files) != (m.order is not None):
+        node.fail("files", ORDER, "that file if and only if the manifest has an order")
     names = {CONFIG, *map(flash_name, range(m.layers))}
     stride, records = m.record.stride, m.intermediate_size
     for layer in range(m.layers):

@@ -15,6 +15,7 @@ from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_name
 from flashsparse.pack.manifest import PREDICTOR, RESIDENT, Manifest, read_manifest
+from flashsparse.pack.order import ORDER, read_orders
 from flashsparse.pack.safetensors import header_bytes, read_header
 
 CHUNK_BYTES = 4 << 20
@@ -90,12 +91,21 @@ def _compare(
 ) -> list[Damage]:
     """What differs between a file's entry and what was found; a changed size alone says enough of a small file."""
     if found.sha256 == entry.sha256:
-        return []
+        return _order(manifest) if name == ORDER else []
     if layer is not None:
         return list(_flash(manifest, name, entry, found, layer))
     if name in (RESIDENT, PREDICTOR):
         return list(_tensors(manifest.path / name, name, entry, found))
     return [] if resized else [Damage(name, "contents", "does not match its checksum")]
+
+
+def _order(manifest: Manifest) -> list[Damage]:
+    """An order whose bytes are what was written must also be one."""
+    try:
+        read_orders(manifest)
+    except PackError as problem:
+        return [Damage(ORDER, "contents", str(problem))]
+    return []
 
 
 def _digest(path: Path, manifest: Manifest, entry: FileEntry, tick: Callable[[int], None]) -> FileEntry:
