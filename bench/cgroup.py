@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,15 +24,20 @@ class NoControlGroup(RuntimeError):
 
 @dataclass(frozen=True)
 class Limited:
-    """What a limited run gave: exit code (137: killed for memory), standard output, peak bytes of the group."""
+    """What a limited run gave: exit code (-9: killed for memory), standard output, peak bytes of the group, and
+    standard error where it was kept."""
 
     returncode: int
     stdout: str
     peak_bytes: int
+    stderr: str = ""
 
 
-def run_limited(command: Sequence[str], limit_bytes: int, echo: bool = True) -> Limited:
-    """Run `command` with `limit_bytes` of memory. Raises NoControlGroup when no limit can be set."""
+def run_limited(command: Sequence[str], limit_bytes: int, echo: bool = True, quiet: bool = False) -> Limited:
+    """Run `command` with `limit_bytes` of memory; `quiet` keeps its standard error instead of showing it.
+
+    Raises NoControlGroup when no limit can be set.
+    """
     v1 = V1.is_dir()
     group = (V1 if v1 else V2) / f"flashsparse-{uuid.uuid4().hex[:8]}"
     limit, peak = ("memory.limit_in_bytes", "memory.max_usage_in_bytes") if v1 else ("memory.max", "memory.peak")
@@ -43,23 +49,26 @@ def run_limited(command: Sequence[str], limit_bytes: int, echo: bool = True) -> 
             group.rmdir()
         raise NoControlGroup(f"{group}: {error}; run as root on Linux with the memory controller mounted") from error
     try:
-        out = _run(command, group / "cgroup.procs", echo)
+        code, out, errors = _run(command, group / "cgroup.procs", echo, quiet)
         used = int((group / peak).read_text()) if (group / peak).exists() else 0
-        return Limited(out[0], out[1], used)
+        return Limited(code, out, used, errors)
     finally:
         group.rmdir()
 
 
-def _run(command: Sequence[str], procs: Path, echo: bool) -> tuple[int, str]:
+def _run(command: Sequence[str], procs: Path, echo: bool, quiet: bool) -> tuple[int, str, str]:
     def enter() -> None:
         procs.write_text(str(os.getpid()))
 
     lines = []
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=enter) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            lines.append(line)
-            if echo:
-                sys.stdout.write(line)
-                sys.stdout.flush()
-    return child.returncode, "".join(lines)
+    with tempfile.TemporaryFile("w+", errors="replace") as errors:
+        kept = errors if quiet else None
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=kept, text=True, preexec_fn=enter) as child:
+            assert child.stdout is not None
+            for line in child.stdout:
+                lines.append(line)
+                if echo:
+                    sys.stdout.write(line)
+                    sys.stdout.flush()
+        errors.seek(0)
+        return child.returncode, "".join(lines), errors.read()
