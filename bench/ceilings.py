@@ -144,3 +144,13 @@ def limit_of(manifest: Manifest, ceilings: Ceilings, cost: Counters, tokens: int
     reading = cost.flash_bytes / tokens / ceilings.drive
     memory = touched_bytes(manifest, cost, tokens, context) / ceilings.memory
     return Limit(reading, memory, overlapped=manifest.tier == "predict")
+
+
+def product_rate(size: int = 1024, seconds: float = 0.5) -> float:
+    """Floating-point operations per second of numpy's float32 matrix product, all threads that it takes."""
+    left, right = np.ones((size, size), np.float32), np.ones((size, size), np.float32)
+    done, began = 0, time.perf_counter()
+    while not done or time.perf_counter() - began < seconds:
+        np.matmul(left, right)
+        done += 1
+    return 2.0 * size**3 * done / (time.perf_counter() - began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import subprocess
@@ -13,15 +14,19 @@ import numpy as np
 import pytest
 
 import flashsparse
+from bench import convert as convert_bench
+from bench import mlx_lm_peer, peers, prefill
 from bench.activity import PROFILES
 from bench.ceilings import Ceilings, Limit, drive_rate, limit_of, memory_rate, touched_bytes
 from bench.decode import check, summarize, table
 from bench.decode_run import Decode, off_profile, read_sequence
+from bench.gguf_model import write_gguf
 from bench.packs import make_pack, sequence_path
 from bench.rungs import RUNGS, SplitPool, forget
 from bench.synthetic import Shape, write
 from flashsparse.flash import FlashFile, ReadPool
 from flashsparse.pack.manifest import Manifest
+from flashsparse.pack.safetensors import read_header, read_tensor
 from flashsparse.stats import Counters
 
 SHAPE = Shape(hidden=128, intermediate=384, layers=2, heads=2, kv_heads=1, vocab=256, positions=256, tokens=128)
@@ -161,6 +166,84 @@ def test_the_summary_follows_from_the_runs(pack: Path) -> None:
     other = {**whole, "rung": "window", "logits_sha256": ["another"]}
     assert check([whole]) == [] and len(check([whole, other])) == 1
     assert [line.split()[0] for line in table([whole, other]).strip().splitlines()] == ["rung", "default", "window"]
+
+
+def test_prefill_reads_each_record_at_most_once_per_chunk(pack: Path, exact: Path) -> None:
+    for path in (pack, exact):
+        args = argparse.Namespace(pack=path, sequence=None, prompt=100, dram=None, max_kv_size=None, here=0.0)
+        report = prefill.run(args)
+        assert 0 < report["records_read"] <= report["records_needed"]
+        assert prefill.check([report]) == []
+    assert len(prefill.check([report | {"records_read": report["records_needed"] + 1}])) == 1
+
+
+def test_prefill_limits_follow_from_the_counters(exact: Path) -> None:
+    manifest = Manifest.load(exact)
+    run = {"flash_bytes": 2_000_000, "records_needed": 10, "prefill_s": 4.0, "first_token_s": 5.0, "load_s": 1.0}
+    found = prefill.summarize(manifest, [run], 100, sequential=1e6, products=1e12)
+    assert found["limit_s"]["reading"] == 2.0 and found["share_of_limit"] == 0.5
+    resident = manifest.files["resident.safetensors"].bytes
+    assert found["limit_s"]["first_token"] == pytest.approx(2 + (resident + 10 * manifest.record.bytes) / 1e6)
+    attention = 2 * 128 * 64 * (2 * 2 + 2 * 1) + 128 * 256  # of both layers, and the head
+    assert prefill.operations(manifest, 1, 0) == 2 * attention
+    assert prefill.operations(manifest, 0, 1) == 2 * 2 * 128  # up and down: the gate is resident
+
+
+def test_conversion_limits_are_reading_and_writing_once() -> None:
+    run = {"seconds": 4.0, "pack_bytes": 1_000_000, "peak_bytes": 5}
+    found = convert_bench.summarize([run, run], 1_000_000, 1e6)
+    assert found["limit_s"] == 2.0 and found["share_of_limit"] == 0.5 and found["bytes_per_s"] == [250_000.0] * 2
+
+
+def test_peers_get_the_same_tokens_threads_and_limit(
+    pack: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    argv = ["peers", str(pack), "--gguf", "m.gguf", "--checkpoint", str(checkpoint), "--threads", "3",
+                "--prompt", "12", "--tokens", "5", "--limit", "3GB", "--skip", "mlx-lm"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", argv)
+    contenders = peers.make_contenders(peers.parse())
+    names = [contender.name for contender in contenders]
+    assert names[0] == "flashsparse" and "mlx-lm" not in names and "mlx-lm in memory" in names
+    for contender in contenders:
+        assert "12" in contender.command and "5" in contender.command
+        assert contender.limit == (
+            None if "in memory" in contender.name or "slots" in contender.name else 3_000_000_000
+        )
+        assert "3" in contender.command or "mlx" in contender.name
+
+
+def test_the_table_of_peers_says_how_many_times_as_fast() -> None:
+    ours = peers.Contender("ours", [], [], None, [{"decode_tps": 6.0, "prefill_tps": 2.0}])
+    slow = peers.Contender("slow", [], [], 7_000_000_000, [{"decode_tps": 2.0}, {"decode_tps": 4.0}])
+    dead = peers.Contender("dead", [], [], None, failed="exit -9 (killed: out of memory)")
+    lines = peers.table([ours, slow, dead]).strip("\n").splitlines()
+    assert lines[2].split()[-1] == "2.00" and "3.000 ± 1.414" in lines[2] and "7.00 GB" in lines[2]
+    assert "out of memory" in lines[3]
+
+
+def test_a_contender_that_fails_is_not_run_again(tmp_path: Path) -> None:
+    contender = peers.Contender("broken", [sys.executable, "-c", "raise SystemExit('no such thing')"], [], None)
+    peers.run(contender)
+    assert contender.failed == "exit 1 no such thing" and contender.runs == []
+    peers.run(contender)
+
+
+def test_mlx_lm_runs_the_same_tokens(checkpoint: Path) -> None:
+    found = mlx_lm_peer.run(argparse.Namespace(checkpoint=checkpoint, prompt=6, tokens=3, seconds=60.0))
+    assert found["tokens"] == 3 and found["decode_tps"] > 0 and found["prefill_tps"] > 0
+
+
+def test_gguf_files_hold_the_synthetic_model(tmp_path: Path, checkpoint: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    write_gguf(tmp_path / "model.gguf", SHAPE, "paper")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    stored = {tensor.name: tensor.data for tensor in reader.tensors}
+    header = read_header(checkpoint / "model-00001-of-00001.safetensors")
+    for name, ours in (("mlp.up_proj", "ffn_up"), ("self_attn.v_proj", "attn_v")):
+        raw = read_tensor(header, f"model.layers.1.{name}.weight").view(np.float16)
+        assert np.array_equal(stored[f"blk.1.{ours}.weight"], raw)
+    query = read_tensor(header, "model.layers.1.self_attn.q_proj.weight").view(np.float16)
+    assert np.array_equal(stored["blk.1.attn_q.weight"][1], query[32])  # the second half of the first head, interleaved
 
 
 @pytest.mark.slow
