@@ -1,4 +1,4 @@
-"""Whole layers in native code: what they compute, and that chunks change no bit.
+"""Whole layers in native code: what they compute, that chunks change no bit, and when their weights are read.
 
 Parity of the native path with transformers is test_parity.py's, which runs it by default; here the path of mlx-lm's
 modules is compared with the native one and with the same vectors.
@@ -6,6 +6,8 @@ modules is compared with the native one and with the same vectors.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 import flashsparse
+from flashsparse.pack.safetensors import read_header
 from tests.checkpoints import write_checkpoint
 from tests.model.packs import make_pack
 from tests.vector_files import NAMES, TOLERANCE, engine_logits, error, read
@@ -89,3 +92,58 @@ def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         flashsparse.load(pack, layers="metal")
     with pytest.raises(flashsparse.UsageError, match="native"):
         flashsparse.load(pack, layers="native", kernels="reference")
+
+
+LOADING = """
+import sys
+from flashsparse import opening
+import time, flashsparse, flashsparse.engine
+
+original, engines = opening.import_libraries, []
+
+def late(family, modules):
+    assert not {"mlx", "mlx.core", "mlx_lm", "transformers"} & set(sys.modules)
+    pool, deadline = engines[0]._pool, time.monotonic() + 20
+    while pool.counters.needed_bytes < int(sys.argv[2]) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    print(pool.counters.needed_bytes)
+    original(family, modules)
+
+def begin(engine, pack, options, start=flashsparse.engine.Engine._begin):
+    engines.append(engine)
+    start(engine, pack, options)
+
+opening.import_libraries = late
+flashsparse.engine.Engine._begin = begin
+with flashsparse.load(sys.argv[1], dram=sys.argv[3], layers=sys.argv[4]) as engine, engine.session() as session:
+    session.logits([3])
+    print("mlx_lm.models.llama" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("layers", ["native", "modules"])
+def test_resident_weights_are_read_before_any_library_is_imported(layers: str, tmp_path: Path) -> None:
+    pack = make_pack(tmp_path)
+    header = read_header(pack / "resident.safetensors")
+    tensors = max(info.end for info in header.tensors.values()) - header.data_offset
+    arguments = [sys.executable, "-c", LOADING, str(pack), str(tensors), "1GB", layers]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    read, imported = ran.stdout.split()
+    assert int(read) >= tensors
+    assert imported == str(layers == "modules")
+
+
+def test_a_budget_that_cannot_work_is_refused_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flashsparse import weights
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("reading began")
+
+    pack = make_pack(tmp_path)
+    monkeypatch.setattr(weights, "ResidentStore", refuse)
+    with pytest.raises(flashsparse.BudgetError):
+        flashsparse.load(pack, dram=1)
+    with pytest.raises(AssertionError, match="reading began"):
+        flashsparse.load(pack)
