@@ -153,10 +153,25 @@ def _address(array: np.ndarray, dtype: type, shape: tuple[int, ...], name: str) 
             f"{name}: expected a contiguous {np.dtype(dtype).name} array of shape {shape}, "
             f"found {array.dtype} {array.shape}{'' if array.flags.c_contiguous else ', not contiguous'}"
         )
-    return array.ctypes.data
+    return data_address(array)
+
+
+def data_address(array: np.ndarray) -> int:
+    """Where the array's values begin. `array.ctypes` says the same four times slower, many times in each layer."""
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # read-only or empty
+        return array.ctypes.data
+
+
+_UNSIGNED: dict[str, type] = {"i": np.uint32, "l": np.uint64, "q": np.uint64}
 
 
 def _check_below(numbers: np.ndarray, limit: int, name: str) -> None:
+    """Raise ValueError unless all are in 0..limit-1. Seen as unsigned, negative numbers are larger than any limit."""
+    kind = _UNSIGNED.get(numbers.dtype.char)
+    if kind is not None and len(numbers) and numbers.flags.c_contiguous and int(numbers.view(kind).max()) < limit:
+        return
     if len(numbers) and (int(numbers.min()) < 0 or int(numbers.max()) >= limit):
         raise ValueError(f"{name}: {int(numbers.min())}..{int(numbers.max())} are not all in 0..{limit - 1}")
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from flashsparse.native.kernels import DTYPES, Matrix, Workers
+from flashsparse.native.kernels import DTYPES, Matrix, Workers, data_address
 from flashsparse.native.library import CMatrix, lib
 
 
@@ -64,7 +64,7 @@ class Norm:
         for array in (x, out):
             if array.dtype != np.float32 or array.shape != (len(x), self.size) or not array.flags.c_contiguous:
                 raise ValueError(f"norm of {self.size}: found {array.dtype} {array.shape}")
-        lib().fs_normalize(workers.handle, self._address, x.ctypes.data, len(x), self.size, out.ctypes.data)
+        lib().fs_normalize(workers.handle, self._address, data_address(x), len(x), self.size, data_address(out))
 
 
 @dataclass(frozen=True)
