@@ -159,7 +159,7 @@ def _address(array: np.ndarray, dtype: type, shape: tuple[int, ...], name: str) 
 def data_address(array: np.ndarray) -> int:
     """Where the array's values begin. `array.ctypes` says the same four times slower, many times in each layer."""
     try:
-        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+        return ctypes.addressof(ctypes.c_char.from_buffer(array.data))
     except (TypeError, ValueError):  # read-only or empty
         return array.ctypes.data
 
