@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 
 from flashsparse.ffn import StreamedFFN
 from flashsparse.kernels import Kernels
-from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, linear, norm
+from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Hinting, Linear, linear, norm
 from flashsparse.weights import ResidentStore
 
 
@@ -29,6 +29,7 @@ def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: 
         layer.self_attn.scale = scale
         layer.mlp = FFN(ffns[index], scale)
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
+        layer.input_layernorm = Hinting(layer.input_layernorm, ffns[index])
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
     norm(model.model.norm, store, "model.norm")
     embedding = store.weight("model.embed_tokens")

@@ -113,6 +113,24 @@ class FFN:
         return mx.array(_scaled(self.streamed(as_numpy(x)), self.scale))[None]
 
 
+def hint(streamed: StreamedFFN, x: mx.array) -> None:
+    """Tell a layer's FFN of the residual stream x [1, T, d] before the layer's attention, in steps of one token."""
+    if x.shape[1] == 1 and streamed.wants_hint:
+        streamed.hint(as_numpy(x))
+
+
+@dataclass(eq=False)
+class Hinting:
+    """A layer's first norm, in whose place the residual stream passes by."""
+
+    norm: Callable[[mx.array], mx.array]
+    streamed: StreamedFFN
+
+    def __call__(self, x: mx.array) -> mx.array:
+        hint(self.streamed, x)
+        return self.norm(x)
+
+
 def linear(kernels: Kernels, store: ResidentStore, base: str) -> Linear:
     """The linear layer stored under `<base>.weight` and, if present, `<base>.bias`."""
     return Linear(kernels, store.weight(base), store.vector(f"{base}.bias"))

@@ -16,7 +16,7 @@ from mlx_lm.models.base import BaseModelArgs
 from flashsparse.ffn import StreamedFFN
 from flashsparse.kernels import Kernels
 from flashsparse.kvcache import KVCache
-from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, linear, norm
+from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, hint, linear, norm
 from flashsparse.weights import ResidentStore
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table are padding
@@ -43,6 +43,7 @@ class DecoderLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(args.hidden_size)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
+        hint(self.mlp.streamed, x)
         if self.norm_first:
             x = x + self.self_attn(self.self_attn_layer_norm(x), cache=cache)
             return x + self.mlp(self.final_layer_norm(x))

@@ -86,6 +86,40 @@ def test_time_is_told_apart(tmp_path: Path) -> None:
     assert found.bookkeeping_s is not None and 0 < found.bookkeeping_s < found.seconds
 
 
+class Listening:
+    """A lookahead that keeps what it is told."""
+
+    active = True
+
+    def __init__(self) -> None:
+        self.heard: list[np.ndarray] = []
+
+    def start(self, h: np.ndarray) -> None:
+        self.heard.append(h.copy())
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied-relu", "opt-pre-relu", "opt-post-proj-relu"])
+def test_both_paths_hint_the_residual_stream_of_single_tokens(name: str, tmp_path: Path) -> None:
+    pack, heard = converted(name, tmp_path), {}
+    tokens = [int(t) for t in read(name).tokens[:9]]
+    for layers in ("native", "modules"):
+        with flashsparse.load(pack, layers=layers, slots=64) as engine, engine.session() as session:
+            session.logits(tokens)  # many at once: nobody is told
+            for ffn in engine._ffns:
+                ffn.lookahead = Listening()
+            expected = session.logits(tokens[:2])
+            assert not any(ffn.lookahead.heard for ffn in engine._ffns)
+            session.logits(tokens[:1]), session.logits(tokens[1:2])
+            heard[layers] = [list(ffn.lookahead.heard) for ffn in engine._ffns]
+            session.clear()
+            session.logits(tokens)
+            np.testing.assert_array_equal([session.logits([t])[0] for t in tokens[:2]], expected)
+    shape = (1, engine.manifest.hidden_size)
+    for native, modules in zip(heard["native"], heard["modules"], strict=True):
+        assert [h.shape for h in native] == [h.shape for h in modules] == [shape, shape]
+        assert error(np.array(native), np.array(modules)) < TOLERANCE
+
+
 def test_options_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     pack = make_pack(tmp_path)
     with pytest.raises(flashsparse.UsageError, match="layers"):
