@@ -7,7 +7,7 @@ family's (`flashsparse.models`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +15,10 @@ import numpy as np
 from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
+from flashsparse.flash import Merging
+from flashsparse.flash.curve import load_curve
 from flashsparse.models.tensors import ffn_names
+from flashsparse.places import cache_dir
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
 from flashsparse.weights import Buffer, ResidentStore
 
@@ -39,6 +42,7 @@ class Assembly:
     kernels: Kernels
     store: ResidentStore
     predictors: ResidentStore | None
+    merging: Merging = field(default_factory=Merging)
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -48,13 +52,16 @@ class Assembly:
             out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
             tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
         )
+        curve = load_curve(cache_dir(), m.path)
+        if curve is not None:
+            self.merging = curve.merging(m.record.stride)
         choosers = self._choosers()
         return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
 
     def _layer(self, index: int, chooser: Chooser, scratch: Scratch, counters: Counters) -> StreamedFFN:
         m, slots = self.pack.manifest, self.plan.slots[index]
         file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
-        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
+        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride, self.merging)
         ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
         ffn.predicts = self.tier == "predict"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashsparse.flash import Batch, FlashFile, ReadPool, read_range, reads
+from flashsparse.flash import Batch, FlashFile, Merging, ReadPool, read_range, reads
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class Flash:
     records: int
     record_bytes: int
     stride: int
+    merging: Merging = field(default_factory=Merging)
 
     def position(self, ids: np.ndarray) -> np.ndarray:
         return self.data_offset + ids.astype(np.int64) * self.stride
@@ -228,7 +229,7 @@ class StreamedFFN:
         slots = round_.slots[missing]
         dests = self.slab.address + slots.astype(np.int64) * self.slot_bytes
         positions = self.flash.position(round_.ids[missing])
-        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests)
+        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests, self.flash.merging)
         self.table.set_begin(slots, plan.begins)
         self._count(plan.nbytes, plan.requests, len(missing))
         return plan.submit(self.pool)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashsparse import memory
 from flashsparse.cache import RECORD_BYTES, SLOT_BYTES
+from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.pack.safetensors import ALIGN
 from flashsparse.sparsity.predictors import scratch_sizes
 
@@ -68,6 +69,7 @@ class Sizes:
             "overhead": PROCESS_BYTES
             + (LAYER_BYTES + (RECORD_BYTES * m.intermediate_size if floor else 0)) * m.layers
             + THREAD_BYTES * (self.io_threads + self.threads)
+            + STAGING_BYTES * self.io_threads
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
             "records": m.intermediate_size,
             "layers": m.layers,

@@ -6,6 +6,7 @@ kernels' business.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import platform
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from flashsparse.pack.safetensors import Header, TensorInfo
 
 ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
+HUGE_PAGE = 2 << 20
 READ_BYTES = 4 << 20
 SEGMENT_BYTES = 1 << 30
 NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
@@ -52,7 +54,15 @@ def _has_metal() -> bool:
 
 
 def _mapped_memory(nbytes: int) -> np.ndarray:
-    return np.frombuffer(mmap.mmap(-1, max(nbytes, 1)), np.uint8)[:nbytes]
+    """In huge pages where the system has them: a direct read then is one transfer, not one for each small page."""
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % HUGE_PAGE
+    inside = nbytes - nbytes % HUGE_PAGE  # a huge page at the end would be memory that nobody asked for
+    if inside and hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE, start, inside)
+    return whole[start : start + nbytes]
 
 
 def _mlx_memory(nbytes: int) -> np.ndarray:

@@ -17,14 +17,7 @@ from pathlib import Path
 import click
 
 from flashsparse.errors import PackError, UsageError
-
-
-def cache_dir() -> Path:
-    """$XDG_CACHE_HOME/flashsparse, else ~/Library/Caches/flashsparse on macOS, else ~/.cache/flashsparse."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base and Path(base).is_absolute():
-        return Path(base) / "flashsparse"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "flashsparse"
+from flashsparse.places import cache_dir
 
 
 def state_dir() -> Path:

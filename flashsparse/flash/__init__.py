@@ -6,7 +6,7 @@ Knows bytes, offsets and addresses only: no MLX, no models, no slots.
 from __future__ import annotations
 
 from flashsparse.flash.file import FlashFile, read_range, slot_stride
-from flashsparse.flash.plan import Reads, reads
+from flashsparse.flash.plan import Merging, Reads, reads
 from flashsparse.flash.reader import Batch, Counters, ReadPool
 
-__all__ = ["Batch", "Counters", "FlashFile", "ReadPool", "Reads", "read_range", "reads", "slot_stride"]
+__all__ = ["Batch", "Counters", "FlashFile", "Merging", "ReadPool", "Reads", "read_range", "reads", "slot_stride"]

@@ -23,11 +23,12 @@ READ = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("fd", "<i4"), ("reserved", "<i4")]
 )
 FAILED, UNKNOWN = -1, -2
+STAGING_BYTES = 128 << 10  # of each thread, for a request that brings several records
 
 
 @dataclass(frozen=True)
 class Counters:
-    """What a pool has done since it was made; `busy_s` is seconds in reads, summed over the threads."""
+    """What a pool has done since it was made; `reads` are requests, `busy_s` seconds in them over all threads."""
 
     reads: int
     needed_bytes: int
@@ -46,7 +47,7 @@ class ReadPool:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.threads, self.closed = threads, False
         self._process, self._numbers = os.getpid(), itertools.count(1)
-        self._handle = lib().fs_pool_create(threads)
+        self._handle = lib().fs_pool_create(threads, STAGING_BYTES)
         if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} read threads")
 
@@ -87,11 +88,30 @@ class ReadPool:
         if len(each) != n or (n and _impossible(reads)):
             raise ValueError(f"{n} reads: {len(each)} files; offsets and needs must be in range, needs <= lengths")
         reads["fd"] = files.fd if isinstance(files, FlashFile) else [file.fd for file in each]
-        batch = Batch(self, next(self._numbers), each, reads)
+        return self.submit_runs(each, reads, np.arange(n + 1, dtype=np.int32), n)
+
+    def submit_runs(
+        self,
+        files: Sequence[FlashFile],
+        reads: np.ndarray,
+        firsts: np.ndarray,
+        runs: int,
+        order: np.ndarray | None = None,
+    ) -> Batch:
+        """Start `reads` (READ [n], checked by the caller) as `runs` requests, divided as `firsts` says (fs_plan_reads).
+
+        files: one for each read. order: what the batch calls read i, order[i], when that is not i. Raises ValueError
+        when the pool is closed, FlashReadError when the memory for bookkeeping is lacking.
+        """
+        if self.closed:
+            raise ValueError("this read pool is closed")
+        batch = Batch(self, next(self._numbers), files, reads, order)
         try:  # the batch knows its number before it begins, so that no interrupt leaves reads that nobody can release
-            failed = -lib().fs_pool_submit(self.handle, batch.number, reads.ctypes.data, n)
+            failed = -lib().fs_pool_submit(
+                self.handle, batch.number, reads.ctypes.data, len(reads), firsts.ctypes.data, runs
+            )
             if failed:
-                raise FlashReadError(f"cannot submit {n} reads: {os.strerror(failed)}", "", 0, 0, failed)
+                raise FlashReadError(f"cannot submit {len(reads)} reads: {os.strerror(failed)}", "", 0, 0, failed)
             return batch
         except BaseException:
             batch.release()
@@ -138,31 +158,39 @@ class Batch:
 
     _open = False  # until it is made, should an interrupt come before
 
-    def __init__(self, pool: ReadPool, number: int, files: list[FlashFile], reads: np.ndarray) -> None:
-        self.number, self._pool, self._files, self._reads = number, pool, files, reads
+    def __init__(
+        self,
+        pool: ReadPool,
+        number: int,
+        files: Sequence[FlashFile],
+        reads: np.ndarray,
+        order: np.ndarray | None = None,
+    ) -> None:
+        self.number, self._pool, self._files, self._reads, self._order = number, pool, files, reads, order
         self._open = True
 
     def __len__(self) -> int:
         return len(self._reads)
 
-    def take(self) -> np.ndarray:
+    def take(self, least: int = 1) -> np.ndarray:
         """Wait for finished reads; their indices (int32), each once, in no particular order. Empty: all are taken.
 
+        least: how many to wait for, unless fewer are left. Being woken costs, so take what makes work worth starting.
         Raises FlashReadError naming file, offset and reason when a read failed; no other is in flight then.
         """
         if not self._open:
             raise ValueError("this batch is released")
         done = np.empty(len(self._reads), np.int32)
-        count = lib().fs_pool_take(self._pool.handle, self.number, done.ctypes.data, len(done))
+        count = lib().fs_pool_take(self._pool.handle, self.number, done.ctypes.data, len(done), least)
         if count == FAILED:
             raise self._error()
         if count == UNKNOWN:
             raise ValueError("this batch is gone: its read pool is closed")
-        return done[:count]
+        return done[:count] if self._order is None else self._order[done[:count]]
 
     def wait(self) -> None:
         """Wait for all reads. Raises FlashReadError as take() does."""
-        while len(self.take()):
+        while len(self.take(len(self._reads))):
             pass
 
     def _error(self) -> FlashReadError:

@@ -50,7 +50,7 @@ def test_order_of_completions_and_state_of_the_cache_do_not_change_the_output(
     rng = np.random.default_rng(0)
     original = flash.Batch.take
 
-    def shuffled(self: flash.Batch) -> np.ndarray:
+    def shuffled(self: flash.Batch, least: int = 1) -> np.ndarray:
         """Wait for all, then hand them out a few at a time in random order."""
         if not hasattr(self, "_waiting"):
             parts = [original(self)]
@@ -78,7 +78,7 @@ def test_a_short_prompt_reads_the_union_of_its_sets_and_a_long_one_each_record_o
         cost = engine.counters - before
         record = engine.manifest.record
         assert cost.misses == sum(map(len, seen))
-        assert cost.flash_bytes == cost.misses * record.bytes
+        assert cost.needed_bytes == cost.misses * record.bytes <= cost.flash_bytes
     with flashsparse.load(pack, slots=64, read_mode="buffered") as engine, engine.session() as session:
         before = engine.counters.copy()
         session.logits(PROMPT[:64])

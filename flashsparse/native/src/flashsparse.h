@@ -100,18 +100,32 @@ typedef struct {
     int32_t error, reserved;  // errno; 0: the file ended
 } fs_read_error;
 
-FS_API fs_pool* fs_pool_create(int32_t threads);  // NULL when the threads cannot be started
+// Reads `length` bytes at each of the file's n `offsets` with `threads` threads, each into its own `length` bytes of
+// `memory`, until all are read or the time is over. out: reads finished, nanoseconds. 0, or -errno.
+FS_API int64_t fs_read_rate(int32_t fd, const int64_t* offsets, int64_t n, int64_t length, int32_t threads,
+                            int64_t nanoseconds, uint8_t* memory, int64_t out[2]);
+
+// Divides n reads, ascending in their file, into runs that one request each reads: neighbours no more than `gap` bytes
+// apart (-1: none) whose request stays within `longest` bytes and 256 reads. firsts[n + 1]: the first read of each run,
+// then n. Returns the runs; *bytes: what their requests move.
+FS_API int64_t fs_plan_reads(const fs_read*, int64_t n, int64_t gap, int64_t longest, int32_t* firsts, int64_t* bytes);
+
+// staging: bytes for each thread, a multiple of 4096; a run whose request is longer is read one by one. NULL when the
+// threads cannot be started.
+FS_API fs_pool* fs_pool_create(int32_t threads, int64_t staging);
 FS_API void fs_pool_stop(fs_pool*);     // drops waiting reads, waits for those in flight; wakes whoever takes
 FS_API void fs_pool_destroy(fs_pool*);  // stops it; no call may be inside
 // Starts batch number `batch`, which the caller chooses and never uses twice, so that it can release the batch whatever
-// happens to this call. Waits for unfinished batches that read into the same stretch of memory. 0, or -errno.
-FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n);
-// Blocks until a read of the batch is finished; writes at most max indices, returns how many. 0: all are taken.
+// happens to this call. `firsts` as fs_plan_reads makes it: one request for each run, indices stay those of the reads.
+// Waits for unfinished batches that read into the same stretch of memory. 0, or -errno.
+FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n, const int32_t* firsts, int64_t runs);
+// Blocks until `least` reads of the batch, or all, are finished; writes at most max indices, returns how many. 0: all
+// are taken.
 // -1: a read failed (no read of the batch is in flight any more). -2: no such batch, or the pool was stopped.
-FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max);
+FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max, int64_t least);
 FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1 and *out, or 0
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
-FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // reads, bytes needed, bytes arrived, busy ns over threads
+FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // requests, bytes needed, bytes arrived, busy ns
 
 #ifdef __cplusplus
 }

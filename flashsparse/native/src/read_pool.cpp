@@ -1,10 +1,8 @@
-// The read pool: threads that run batches of positioned reads in the order they were submitted.
+// The read pool: threads that run batches of requests in the order they were submitted.
 // It knows files as descriptors and destinations as addresses; both must live until the batch is released.
 #include <errno.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include <sys/mman.h>
 
-#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <deque>
@@ -15,56 +13,25 @@
 #include <unordered_map>
 #include <vector>
 
-#include "flashsparse.h"
+#include "reading.h"
 
 namespace {
 
-constexpr int64_t kMostBytes = 1 << 30;  // macOS refuses reads of 2 GiB and more
-constexpr int64_t kAlignment = 4096;
-
-struct Outcome {
-    int64_t got;
-    int32_t error;  // errno; 0 with got < need: the file ended
-};
-
-bool at_end(int fd, int64_t position) {
-    struct stat status;
-    return fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && position >= status.st_size;
-}
-
-// Reads until `need` bytes have arrived. A direct read cannot continue at an unaligned place (EINVAL): it steps back to
-// an aligned one, once for each place, and otherwise finds that the file has ended.
-Outcome read_fully(const fs_read& r) {
-    int64_t got = 0, retried = 0;
-    auto* dest = static_cast<uint8_t*>(r.dest);
-    while (got < r.need) {
-        int64_t ask = r.length - got < kMostBytes ? r.length - got : kMostBytes;
-        ssize_t count = pread(r.fd, dest + got, size_t(ask), off_t(r.offset + got));
-        if (count > 0) {
-            got += count;
-        } else if (count == 0) {
-            return {got, 0};
-        } else if (errno == EINVAL && got % kAlignment != 0 && got > retried) {
-            retried = got;
-            got -= got % kAlignment;
-        } else if (errno != EINTR) {
-            int error = errno;
-            return {got, got > 0 && error == EINVAL && at_end(r.fd, r.offset + got) ? 0 : error};
-        }
-    }
-    return {got, 0};
-}
+constexpr size_t kHugePage = 2 << 20;
 
 struct Batch {
-    explicit Batch(const fs_read* first, int64_t n) : reads(first, first + n), waiting(n) {
+    Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs)
+        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), waiting(runs) {
         for (const fs_read& read : reads) {
             auto at = reinterpret_cast<uintptr_t>(read.dest);
             low = std::min(low, at), high = std::max(high, at + uintptr_t(read.length));
         }
     }
     std::vector<fs_read> reads;
-    std::vector<int32_t> done;  // finished, not yet taken
-    int64_t next = 0, waiting, in_flight = 0;
+    std::vector<int32_t> firsts;  // the first read of each request, and the number of reads
+    std::vector<int32_t> done;    // finished reads, not yet taken
+    int64_t next = 0, waiting, in_flight = 0;  // requests
+    size_t wanted = 1;  // finished reads that whoever takes waits for
     bool failed = false;
     fs_read_error error{};
     std::condition_variable changed;
@@ -74,27 +41,55 @@ struct Batch {
     bool finished() const { return waiting == 0 && in_flight == 0; }
 };
 
+// `each` bytes for every thread, not one of them touched before it is used; 0 where the system has none to give.
+struct Staging {
+    Staging(int threads, int64_t bytes) : each(bytes), total(size_t(threads) * size_t(bytes) + kHugePage) {
+        void* at = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (at == MAP_FAILED) each = 0;
+        else memory = static_cast<uint8_t*>(at);
+#ifdef MADV_HUGEPAGE
+        // A direct read into a huge page is one transfer, not one for each small page.
+        size_t inside = total - kHugePage - (total - kHugePage) % kHugePage;
+        if (memory && inside) madvise(aligned(), inside, MADV_HUGEPAGE);
+#endif
+    }
+    ~Staging() {
+        if (memory) munmap(memory, total);
+    }
+    Staging(const Staging&) = delete;
+    Staging& operator=(const Staging&) = delete;
+
+    uint8_t* aligned() const {
+        return memory + (kHugePage - reinterpret_cast<uintptr_t>(memory) % kHugePage) % kHugePage;
+    }
+    uint8_t* of(int index) const { return memory ? aligned() + int64_t(index) * each : nullptr; }
+
+    int64_t each;
+    size_t total;
+    uint8_t* memory = nullptr;
+};
+
 }  // namespace
 
 struct fs_pool {
   public:
-    explicit fs_pool(int threads);
+    fs_pool(int threads, int64_t staging);
     ~fs_pool();
     fs_pool(const fs_pool&) = delete;
     fs_pool& operator=(const fs_pool&) = delete;
 
-    void submit(int64_t id, const fs_read* reads, int64_t n);
-    int64_t take(int64_t id, int32_t* done, int64_t max);
+    void submit(int64_t id, std::shared_ptr<Batch> batch);
+    int64_t take(int64_t id, int32_t* done, int64_t max, int64_t least);
     bool error(int64_t id, fs_read_error* out);
     void release(int64_t id);
     void counters(int64_t out[4]);
     void stop();
 
   private:
-    void work();
+    void work(int index);
     void await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch);
     void drop_waiting(Batch& batch);
-    void record(Batch& batch, int64_t index, const Outcome& outcome, int64_t nanoseconds);
+    void record(Batch& batch, int64_t run, const Outcome* outcomes);
     std::shared_ptr<Batch> find(int64_t id);
 
     std::mutex mutex_;
@@ -102,13 +97,14 @@ struct fs_pool {
     std::deque<std::shared_ptr<Batch>> queue_;  // batches that have reads nobody has begun
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
+    Staging staging_;
     int64_t reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
     bool stop_ = false;
 };
 
-fs_pool::fs_pool(int threads) {
+fs_pool::fs_pool(int threads, int64_t staging) : staging_(threads, staging) {
     try {
-        for (int i = 0; i < threads; i++) threads_.emplace_back([this] { work(); });
+        for (int i = 0; i < threads; i++) threads_.emplace_back([this, i] { work(i); });
     } catch (...) {
         stop();
         throw;
@@ -144,9 +140,9 @@ void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, const Batch& batc
     }
 }
 
-void fs_pool::submit(int64_t id, const fs_read* reads, int64_t n) {
-    auto batch = std::make_shared<Batch>(reads, n);
-    batch->done.reserve(size_t(n));
+void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
+    int64_t n = batch->waiting;
+    batch->done.reserve(batch->reads.size());
     std::unique_lock<std::mutex> lock(mutex_);
     await_memory(lock, *batch);
     batches_[id] = batch;
@@ -155,22 +151,26 @@ void fs_pool::submit(int64_t id, const fs_read* reads, int64_t n) {
     else for (int64_t i = 0; i < n; i++) work_.notify_one();
 }
 
-void fs_pool::work() {
+void fs_pool::work(int index) {
     using clock = std::chrono::steady_clock;
+    Outcome outcomes[kMostRecords];
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
         work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
         if (stop_) return;
         std::shared_ptr<Batch> batch = queue_.front();
-        int64_t index = batch->next++;
+        int64_t run = batch->next++;
         batch->in_flight++;
         if (--batch->waiting == 0) queue_.pop_front();
         lock.unlock();
+        const int32_t first = batch->firsts[size_t(run)], last = batch->firsts[size_t(run) + 1];
         auto start = clock::now();
-        Outcome outcome = read_fully(batch->reads[size_t(index)]);
+        int64_t arrived = read_run(&batch->reads[size_t(first)], last - first, staging_.of(index),
+                                   staging_.each, outcomes);
         int64_t spent = std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - start).count();
         lock.lock();
-        record(*batch, index, outcome, spent);
+        reads_++, arrived_ += arrived, busy_ += spent;
+        record(*batch, run, outcomes);
     }
 }
 
@@ -180,19 +180,22 @@ void fs_pool::drop_waiting(Batch& batch) {
     queue_.erase(std::remove_if(queue_.begin(), queue_.end(), same), queue_.end());
 }
 
-// Under the lock. After a failure the batch's waiting reads are dropped: their bytes would not be used.
-void fs_pool::record(Batch& batch, int64_t index, const Outcome& outcome, int64_t nanoseconds) {
-    const fs_read& read = batch.reads[size_t(index)];
+// Under the lock. After a failure the batch's waiting requests are dropped: their bytes would not be used.
+void fs_pool::record(Batch& batch, int64_t run, const Outcome* outcomes) {
     batch.in_flight--;
-    reads_++, needed_ += read.need, arrived_ += outcome.got, busy_ += nanoseconds;
-    if (outcome.got >= read.need) {
-        batch.done.push_back(int32_t(index));
-    } else if (!batch.failed) {
-        batch.failed = true;
-        batch.error = {index, outcome.got, outcome.error, 0};
-        drop_waiting(batch);
+    for (int32_t index = batch.firsts[size_t(run)]; index < batch.firsts[size_t(run) + 1]; index++, outcomes++) {
+        const fs_read& read = batch.reads[size_t(index)];
+        needed_ += read.need;
+        if (outcomes->got >= read.need) {
+            batch.done.push_back(index);
+        } else if (!batch.failed) {
+            batch.failed = true;
+            batch.error = {index, outcomes->got, outcomes->error, 0};
+            drop_waiting(batch);
+        }
     }
-    batch.changed.notify_all();
+    // Woken for each read, the one who takes would cost a processor more than the reading.
+    if (batch.done.size() >= batch.wanted || batch.finished()) batch.changed.notify_all();
 }
 
 std::shared_ptr<Batch> fs_pool::find(int64_t id) {
@@ -200,11 +203,12 @@ std::shared_ptr<Batch> fs_pool::find(int64_t id) {
     return it == batches_.end() ? nullptr : it->second;
 }
 
-int64_t fs_pool::take(int64_t id, int32_t* done, int64_t max) {
+int64_t fs_pool::take(int64_t id, int32_t* done, int64_t max, int64_t least) {
     std::unique_lock<std::mutex> lock(mutex_);
     auto batch = find(id);
     if (!batch || stop_) return -2;
-    batch->changed.wait(lock, [&] { return !batch->done.empty() || batch->finished() || stop_; });
+    batch->wanted = size_t(std::max<int64_t>(1, least));
+    batch->changed.wait(lock, [&] { return batch->done.size() >= batch->wanted || batch->finished() || stop_; });
     if (stop_ || !find(id)) return -2;
     int64_t count = 0;
     for (; count < max && !batch->done.empty(); count++) {
@@ -239,9 +243,9 @@ void fs_pool::counters(int64_t out[4]) {
 
 extern "C" {
 
-fs_pool* fs_pool_create(int32_t threads) {
+fs_pool* fs_pool_create(int32_t threads, int64_t staging) {
     try {
-        return new fs_pool(threads > 1 ? threads : 1);
+        return new fs_pool(threads > 1 ? threads : 1, staging);
     } catch (...) {
         return nullptr;
     }
@@ -250,16 +254,19 @@ fs_pool* fs_pool_create(int32_t threads) {
 void fs_pool_stop(fs_pool* pool) { pool->stop(); }
 void fs_pool_destroy(fs_pool* pool) { delete pool; }
 
-int64_t fs_pool_submit(fs_pool* pool, int64_t batch, const fs_read* reads, int64_t n) {
+int64_t fs_pool_submit(fs_pool* pool, int64_t batch, const fs_read* reads, int64_t n, const int32_t* firsts,
+                       int64_t runs) {
     try {
-        pool->submit(batch, reads, n);
+        pool->submit(batch, std::make_shared<Batch>(reads, n, firsts, runs));
         return 0;
     } catch (...) {
         return -ENOMEM;
     }
 }
 
-int64_t fs_pool_take(fs_pool* pool, int64_t batch, int32_t* done, int64_t max) { return pool->take(batch, done, max); }
+int64_t fs_pool_take(fs_pool* pool, int64_t batch, int32_t* done, int64_t max, int64_t least) {
+    return pool->take(batch, done, max, least);
+}
 int32_t fs_pool_error(fs_pool* pool, int64_t batch, fs_read_error* out) { return pool->error(batch, out); }
 void fs_pool_release(fs_pool* pool, int64_t batch) { pool->release(batch); }
 void fs_pool_counters(fs_pool* pool, int64_t out[4]) { pool->counters(out); }

@@ -1,0 +1,104 @@
+"""The device curve: measured on real files, kept for its device, and what follows from its figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flashsparse import FlashReadError, FlashSparseError
+from flashsparse.flash import FlashFile, Merging, curve
+from flashsparse.flash.curve import DEPTHS, SIZES, Curve, cached_path, load_curve, measure, save_curve
+from flashsparse.flash.plan import SEPARATE
+
+
+def made(request_s: float, bytes_per_s: float, device: str = "") -> Curve:
+    """A drive that takes `request_s` for each request and then moves `bytes_per_s`, whatever is in flight."""
+    rates = tuple((size / (request_s + size / bytes_per_s),) * len(DEPTHS) for size in SIZES)
+    return Curve(device, rates, None, bytes_per_s)
+
+
+def test_measuring_reads_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "POINT_S", 0.001)
+    found = measure(tmp_path, size=16 << 20)
+    assert not list(tmp_path.iterdir())
+    assert found.sequential > 0
+    for rates in (found.direct, found.buffered):
+        assert rates is None or (np.array(rates).shape == (len(SIZES), len(DEPTHS)) and (np.array(rates) > 0).all())
+    save_curve(found, tmp_path / "cache", tmp_path)
+    assert load_curve(tmp_path / "cache", tmp_path) == found
+
+
+def test_without_room_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(FlashSparseError, match=r"temporary file of .* make room, or name a folder"):
+        measure(tmp_path, size=1 << 60)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", ["", "{}", "[1]", '{"version": 1}', "x" * 100])
+def test_a_damaged_cache_is_no_curve(tmp_path: Path, damage: str) -> None:
+    path = cached_path(tmp_path, tmp_path)
+    assert load_curve(tmp_path, tmp_path) is None
+    path.parent.mkdir()
+    path.write_text(damage)
+    assert load_curve(tmp_path, tmp_path) is None
+
+
+@pytest.mark.parametrize("key,value", [("device", "another"), ("direct", [[1.0]]), ("sequential", -1), ("version", 0)])
+def test_a_curve_of_another_device_or_shape_is_no_curve(tmp_path: Path, key: str, value: object) -> None:
+    save_curve(made(1e-5, 1e9, curve.device_name(tmp_path)), tmp_path, tmp_path)
+    assert load_curve(tmp_path, tmp_path) is not None
+    path = cached_path(tmp_path, tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    assert load_curve(tmp_path, tmp_path) is None
+
+
+def test_the_gap_costs_what_the_request_does() -> None:
+    """10 microseconds are 10,000 bytes of a drive that moves 1 GB/s; measured at 128 KiB it moves a little less."""
+    merging = made(1e-5, 1e9).merging(8192)
+    assert merging.gap == pytest.approx(10_000, rel=0.15)
+    assert made(0, 1e9).merging(8192) == SEPARATE
+    assert isinstance(merging, Merging)
+
+
+def test_rates_between_the_measured_sizes() -> None:
+    drive = made(1e-5, 1e9)
+    for size in (512, 4096, 6912, 24576, 1 << 20, 5 << 20):
+        expected = size / (1e-5 + size / 1e9)
+        assert drive.best(size) == pytest.approx(expected, rel=0.05) or size < 4096 or size > 1 << 20
+    assert drive.best(512) == pytest.approx(drive.best(4096) / 8)
+    assert drive.best(5 << 20) == drive.best(1 << 20)
+
+
+def test_depth_is_the_least_that_is_fast_enough() -> None:
+    row = (1.0, 2.0, 4.0, 7.8, 8.0, 8.0)
+    assert Curve("", (row,) * len(SIZES), None, 1.0).depth(6912) == 8
+
+
+def test_buffered_has_to_win_by_a_tenth() -> None:
+    drive = made(1e-5, 1e9)
+    assert Curve("", drive.direct, made(1e-5, 1.05e9).direct, 1.0).mode == "direct"
+    assert Curve("", drive.direct, made(5e-6, 2e9).direct, 1.0).mode == "buffered"
+    assert Curve("", None, drive.direct, 1.0).mode == "buffered"
+
+
+def test_emptying_the_page_cache_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    with FlashFile(path, "buffered") as file:
+        path.read_bytes()
+        assert curve.cached_share(file) > 0.99
+        if curve.empty_cache(file):
+            assert curve.cached_share(file) < 0.01
+
+
+def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(8192))
+    with FlashFile(path, "buffered") as file, curve.Loop(8192) as loop:
+        with pytest.raises(FlashReadError, match="measuring reads failed"):
+            loop.rate(file, np.array([4096]), 8192, 1, 1.0)
+        with pytest.raises(ValueError, match="2 reads of 8192 bytes"):
+            loop.rate(file, np.array([0]), 8192, 2, 1.0)
