@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,11 +161,18 @@ def measure(folder: Path, files: Sequence[Path] = (), size: int = FILE_BYTES) ->
     """
     if sum(path.stat().st_size for path in files) >= LEAST_BYTES:
         return _measure(device_name(folder), sorted(files, key=lambda path: -path.stat().st_size)[:4])
-    temporary = _write(folder, size)
+    with temporary_file(folder, size) as path:
+        return _measure(device_name(folder), [path])
+
+
+@contextlib.contextmanager
+def temporary_file(folder: Path, size: int) -> Iterator[Path]:
+    """A file of `size` random bytes in `folder`, gone afterwards. Raises FlashSparseError without room for it."""
+    path = _write(folder, size)
     try:
-        return _measure(device_name(folder), [temporary])
+        yield path
     finally:
-        temporary.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def _write(folder: Path, size: int) -> Path:
@@ -245,6 +252,10 @@ class Loop:
                 self._map.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(self._map, np.uint8)
         self._bytes[:] = 1
+
+    @property
+    def address(self) -> int:
+        return self._bytes.ctypes.data
 
     def rate(self, file: FlashFile, offsets: np.ndarray, size: int, depth: int, seconds: float) -> float:
         """Bytes per second of `depth` threads that read `size` bytes at each of `offsets`, for `seconds` at most.
