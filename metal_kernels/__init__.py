@@ -1,5 +1,6 @@
 """Kernels for Apple GPUs and their references in plain MLX operators. Imports only MLX.
 
-This version holds the references, which `flashsparse.load(..., kernels="reference")` runs and tests compare the
-native kernels with. Metal bodies join them here, each beside its reference.
+`sparse_ffn`: the FFN over a list of records. `select`: which neurons, and where they are. Bodies are `.metal` files,
+built once by `launch`. No engine runs them yet: `flashsparse.load(..., kernels="reference")` runs the references, which
+the native kernels are compared with too. Without a Mac the bodies are proven by tests/metal.
 """

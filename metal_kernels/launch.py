@@ -10,6 +10,8 @@ import mlx.core as mx
 
 HERE = Path(__file__).parent
 SIMD = 32  # lanes of a simdgroup
+# NaN and infinities keep their meaning, which activations rely on, and nothing is fused that is not written as fma.
+PRAGMAS = "#pragma METAL fp math_mode(safe)\n#pragma METAL fp contract(off)\n"
 
 
 @cache
@@ -22,9 +24,8 @@ def kernel(
 ) -> Any:
     """The kernel whose body is `name`.metal, after the files `headers`; each of `flags` is "NAME=value" for its #if."""
     defines = "".join(f"#define {flag.replace('=', ' ')}\n" for flag in flags)
-    header = defines + "".join(_text(each) for each in headers)
+    header = PRAGMAS + defines + "".join(_text(each) for each in headers)
     suffix = "".join(f"_{flag.partition('=')[0].lower()}" for flag in flags if flag.endswith("=1"))
-    # Safe mathematics: NaN and infinities keep their meaning, which the activations rely on.
     return mx.fast.metal_kernel(
         name=f"fs_{name}{suffix}",
         input_names=list(inputs),

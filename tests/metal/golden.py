@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from metal_kernels import launch, sparse_ffn
-from metal_kernels.records import Record
+from metal_kernels import launch, select, sparse_ffn
+from metal_kernels.records import FLOATS, Record
 from tests.metal.harness import metal_on_cpu
 
 DIRECTORY = Path(__file__).with_name("golden") / mx.__version__
@@ -55,6 +55,33 @@ def _record(form: str, source: str) -> Record:
 
 def cases() -> dict[str, Callable[[], object]]:
     """Each golden file's name without its ending, and what calls the kernel."""
+    return {**_ffn_cases(), **_select_cases()}
+
+
+def _select_cases() -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    bits, x, wide = mx.zeros((1, 2), mx.uint32), mx.zeros((1, 64)), mx.zeros((1, 64), mx.float32)
+    scales = mx.zeros((64, 1), mx.float16)
+    rounded = mx.zeros((1, 64), mx.int8), mx.zeros((1, 1)), mx.zeros((1, 1))
+    for number in (1, 2, 4):
+        words = mx.zeros((64, 2 * number), mx.uint32)
+        found[f"score-Q{number}"] = lambda w=words, n=number: select.score(rounded, w, scales, scales, 0.0, bits=n)
+    for name, dtype in FLOATS.items():
+        found[f"score_round-{name}"] = lambda t=dtype: select.round_tokens(x.astype(t), 64)
+        found[f"gate-{name}"] = lambda t=dtype: select.gate(mx.zeros((64, 64), t), x, "relu")
+    for number in (4, 8):
+        words = mx.zeros((64, 2 * number), mx.uint32)
+        found[f"gate-Q{number}-F16"] = lambda w=words, n=number: select.gate(
+            w, x, "relu", scales=scales, biases=scales, quant_bits=n
+        )
+    ids, one = mx.zeros((64,), mx.int32), mx.array([1], mx.int32)
+    found["compact"] = lambda: select.compact(bits, 64)
+    found["topk"] = lambda: select.topk(wide, 5)
+    found["lookup"] = lambda: select.lookup(ids, one, ids, ids, 4096)
+    return found
+
+
+def _ffn_cases() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     slab, at = mx.zeros((16, 1024), mx.uint8), mx.zeros((16,), mx.int64)
     ids, one, x = mx.zeros((16,), mx.int32), mx.array([16], mx.int32), mx.zeros((1, 64))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 
 from metal_kernels import sparse_ffn
 from metal_kernels.sparse_ffn import TOLERANCE
+from tests.metal import golden
+from tests.metal.harness import metal_on_cpu
 from tests.metal.layers import ACTIVATIONS, Layer, hidden64, make_layer
 from tests.native.operands import TYPES
 
@@ -187,6 +191,31 @@ def test_bits_do_not_depend_on_the_company() -> None:
     late = Layer(layer.record, layer.slab, layer.offsets[10:], {}, {})
     carried = run_down(early, whole[:, :10], [0, 4, 10, 10])
     assert np.array_equal(np.array(run_down(late, whole[:, 10:], [0, 0, 3, 11], carried)), y)
+
+
+@pytest.mark.skipif(mx.metal.is_available(), reason="the slab exists in the harness only")
+def test_slabs_beyond_two_gigabytes() -> None:
+    rng = np.random.default_rng(18)
+    layer = make_layer(rng, "Q4-F16", 8, 64, group=64)
+    x = rng.standard_normal((1, 64)).astype(np.float32)
+    inputs = [layer.slab, mx.array(layer.offsets), count_of(layer), mx.array(x)]
+    program = metal_on_cpu.Program(golden.printed(lambda: sparse_ffn.hidden(layer.record, *inputs)))
+    near = np.array(layer.slab).reshape(-1)
+    start = (5 << 29) + 64
+    with mmap.mmap(-1, start + near.size) as memory:
+        slab = np.frombuffer(memory, np.uint8)
+        memory[start:] = near.tobytes()
+        buffers = {
+            "slab": slab,
+            "offsets": layer.offsets + start,
+            "count": np.array([8], np.int32),
+            "layout": np.array(layer.record.layout()),
+            "param": np.array(layer.record.limit()),
+            "x": x,
+        }
+        ran = program.run(buffers, {"hidden": ((1, 8), np.float32)}, (32, 8, 1), (32, 4, 1))
+        del slab, buffers
+    assert np.array_equal(ran.outputs["hidden"], run_hidden(layer, x))
 
 
 def test_segments_of_neuron_numbers() -> None:

@@ -1,18 +1,21 @@
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
 #define HAS_ACTIVATED 0
 #define HAS_MASK 0
 // Header of every kernel that reads records: stored vectors in chunks of 32-bit words, and the activations.
 // A vector begins at a multiple of 4 bytes, or of 16 where WIDE; a quantized one is words, scales, biases back to back.
 
-enum { kF32 = 0, kF16 = 1, kBF16 = 2, kQ8 = 3, kQ4 = 4, kQ2 = 7 };
+enum { kF32 = 0, kF16 = 1, kBF16 = 2, kQ8 = 3, kQ4 = 4 };
 enum { kSilu = 0, kRelu = 1, kRelu2 = 2, kFatrelu = 3, kDrelu = 4 };
 
 template <int FORMAT> struct PerWord {
-  enum { values = FORMAT == kF32 ? 1 : FORMAT == kQ8 ? 4 : FORMAT == kQ4 ? 8 : FORMAT == kQ2 ? 16 : 2 };
+  enum { values = FORMAT == kF32 ? 1 : FORMAT == kQ8 ? 4 : FORMAT == kQ4 ? 8 : 2 };
 };
 
-// w = chunk c (WORDS words) of the vector of d values at `at`; S: the type of scales and biases.
+// w = chunk c (WORDS words) of the vector whose words are at `at`; S: the type of its scales and biases, which are not
+// read unless FORMAT is quantized.
 template <int FORMAT, typename S, int GROUP, int WORDS, bool WIDE>
-inline void decode(const device uint8_t* at, int d, int c, thread float* w) {
+inline void decode_parts(const device uint8_t* at, const device S* scales, const device S* biases, int c, thread float* w) {
   uint words[WORDS];
   if (WIDE && WORDS == 4) {
     uint4 all = *(const device uint4*)(at + 16 * c);
@@ -36,13 +39,19 @@ inline void decode(const device uint8_t* at, int d, int c, thread float* w) {
   } else {
     const int per_word = PerWord<FORMAT>::values, bits = 32 / per_word;
     const int group = c * WORDS * per_word / GROUP;
-    const device S* scales = (const device S*)(at + d / per_word * 4);
-    const float scale = float(scales[group]), bias = float(scales[d / GROUP + group]);
+    const float scale = float(scales[group]), bias = float(biases[group]);
     for (int i = 0; i < WORDS * per_word; i++) {
       const uint q = words[i / per_word] >> (bits * (i % per_word)) & ((1u << bits) - 1u);
       w[i] = fma(float(q), scale, bias);
     }
   }
+}
+
+// The same of a record's vector of d values, whose scales and biases follow the words.
+template <int FORMAT, typename S, int GROUP, int WORDS, bool WIDE>
+inline void decode(const device uint8_t* at, int d, int c, thread float* w) {
+  const device S* scales = (const device S*)(at + d / PerWord<FORMAT>::values * 4);
+  decode_parts<FORMAT, S, GROUP, WORDS, WIDE>(at, scales, scales + d / GROUP, c, w);
 }
 
 // NaN passes, so that a broken model does not look like a sparse one.

@@ -1,3 +1,5 @@
+#pragma METAL fp math_mode(safe)
+#pragma METAL fp contract(off)
 template <typename T>
 [[kernel]] void custom_kernel_fs_sparse_ffn_sum__float_float_float(
   const device float* partial [[buffer(0)]],

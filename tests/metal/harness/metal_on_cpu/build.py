@@ -37,6 +37,8 @@ KERNEL = (
     "-Wno-unused-function",
     "-Wno-class-memaccess",
 )
+# A call that is copied has two addresses, and lanes would seem to be in different ones.
+GCC = ("-fno-thread-jumps",)
 
 
 def compiler() -> str | None:
@@ -67,7 +69,7 @@ def _identity() -> bytes:
         raise CompileError("no C++ compiler found: install g++ or clang++, or set CXX")
     version = subprocess.run([found, "--version"], capture_output=True, check=True).stdout
     shim = b"".join(file.read_bytes() for file in sorted(SHIM.iterdir()))
-    return b"\0".join((version, shim, repr((BASE, KERNEL, platform.machine())).encode()))
+    return b"\0".join((version, shim, repr((BASE, KERNEL, GCC, platform.machine())).encode()))
 
 
 def build(cpp: str) -> Path:
@@ -96,7 +98,8 @@ def _publish(place: Path, make: Callable[[Path], Path]) -> None:
 def _link(cpp: str, work: Path) -> Path:
     source = work / "kernel.cpp"
     source.write_text(cpp, encoding="utf-8")
-    kernel = _compile(source, KERNEL, work / "kernel.o")
+    flags = KERNEL if b"clang" in _identity() else (*KERNEL, *GCC)
+    kernel = _compile(source, flags, work / "kernel.o")
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
     library = work / "kernel.so"
     _call("-shared", "-o", str(library), str(kernel), str(_runtime()), *undefined, "-lm")

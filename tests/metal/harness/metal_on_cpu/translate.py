@@ -14,6 +14,7 @@ from tests.metal.harness.metal_on_cpu.faults import TranslationError
 ENTRY = "msl_kernel"
 ADDRESS_SPACES = ("device", "constant", "thread", "kernel")
 _ATTRIBUTE = re.compile(r"\[\[\s*(?:kernel|host_name\([^)]*\)|max_total_threads_per_threadgroup\([^)]*\))\s*\]\]")
+_COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.S)
 _TEMPLATE = re.compile(r"template\s*<([^>]*)>\s*\Z")
 _INSTANCE = re.compile(r"^template \[\[host_name.*decltype\(\w+(<.*>)\).*;$", re.M)
 _BUFFER = re.compile(
@@ -101,6 +102,7 @@ def _plain_signature(text: str) -> str:
 
 
 def _erase(text: str) -> str:
+    text = _COMMENT.sub(lambda found: "\n" * found.group().count("\n"), text)
     text = _ATTRIBUTE.sub("", text)
     text = re.sub(r"^(\s*)constant\s+(?!.*\()", r"\1static const ", text, flags=re.M)
     text = re.sub(rf"\b(?:{'|'.join(ADDRESS_SPACES)})\b(?!\s*[=;.,)\[])", "", text)

@@ -49,6 +49,21 @@ def test_a_correct_kernel_passes() -> None:
     assert np.array_equal(run(source), np.arange(SIZE)[::-1] + halves)
 
 
+def test_helpers_may_meet_and_wait() -> None:
+    header = """
+inline float total(float v, threadgroup float* s, uint at) {
+  if (simd_any(v < 0)) v = 0;
+  s[at] = simd_sum(v);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float other = s[at ^ 32];
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  return other;
+}
+"""
+    body = SHARED + "float v = 0;\nif (i < 5) v = a[i];\nfor (int k = 0; k < 2; k++) v = total(v, s, l);\ny[i] = v;"
+    assert np.array_equal(run(body, header=header), np.where(np.arange(SIZE) < 32, 320, 0))
+
+
 @pytest.mark.parametrize("index", ["i + 1", "i - 1", "i + 1000000000u"])
 def test_reading_beyond_an_input(index: str) -> None:
     fault(cpu.OutOfBounds, "y[i] = a[", LANE + f"y[i] = a[{index}];")

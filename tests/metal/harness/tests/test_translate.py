@@ -46,6 +46,13 @@ def test_lines_keep_their_numbers() -> None:
     )
 
 
+def test_comments_are_not_read() -> None:
+    body = "// a threadgroup, of the device\n/* constant\nthreadgroup */ y[0] = a[0];"
+    call = cpu.Call([[8]], ["float32"], [[8]], ["float32"])
+    found = cpu.translate(cpu.capture(cpu.Definition("commented", ["a"], ["y"], body), call)).cpp
+    assert "threadgroup" not in found.replace('"kernel.metal"', "")
+
+
 def test_a_capture_of_nothing_is_refused() -> None:
     with pytest.raises(cpu.TranslationError, match="kernel"):
         cpu.translate("int x;")
