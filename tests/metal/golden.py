@@ -58,6 +58,25 @@ def cases() -> dict[str, Callable[[], object]]:
     return {**_ffn_cases(), **_select_cases()}
 
 
+def small_cases() -> dict[str, Callable[[], object]]:
+    """Calls with lists of fewer than eight elements, which MLX passes in the constant address space."""
+    slab, at = mx.zeros((16, 1024), mx.uint8), mx.zeros((3,), mx.int64)
+    ids, one, x = mx.zeros((3,), mx.int32), mx.array([3], mx.int32), mx.zeros((1, 64))
+    gates, mask = mx.zeros((1, 3)), mx.zeros((1, 3), mx.uint8)
+    bounds, carry = mx.zeros((3,), mx.int32), mx.zeros((2, 1, 64))
+    found: dict[str, Callable[[], object]] = {
+        "compact": lambda: select.compact(mx.zeros((1, 1), mx.uint32), 3),
+        "topk": lambda: select.topk(mx.zeros((1, 3)), 2),
+        "lookup": lambda: select.lookup(ids, one, ids, ids, 4096),
+        "sum": lambda: sparse_ffn.total(mx.zeros((1, 1, 4))),
+    }
+    for form, source in FORMATS:
+        r = _record(form, source)
+        found[f"hidden-{form}"] = lambda r=r: sparse_ffn.hidden(r, slab, at, one, x, gates, mask)
+        found[f"down-{form}"] = lambda r=r: sparse_ffn.down(r, slab, at, ids, bounds, gates, carry)
+    return found
+
+
 def _select_cases() -> dict[str, Callable[[], object]]:
     found: dict[str, Callable[[], object]] = {}
     bits, x, wide = mx.zeros((1, 2), mx.uint32), mx.zeros((1, 64)), mx.zeros((1, 64), mx.float32)

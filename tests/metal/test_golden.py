@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.metal import golden
+from tests.metal.harness.metal_on_cpu import address_spaces
 
 
 @pytest.mark.parametrize("name", golden.cases())
@@ -19,3 +20,11 @@ def test_every_kept_source_has_its_kernel() -> None:
     if not golden.DIRECTORY.exists():
         pytest.skip("no sources kept for this MLX")
     assert {file.stem for file in golden.DIRECTORY.iterdir()} == set(golden.cases())
+
+
+@pytest.mark.skipif(not address_spaces.available(), reason="libclang is not installed")
+@pytest.mark.parametrize("name", [*golden.cases(), *(f"small {name}" for name in golden.small_cases())])
+def test_address_spaces_and_types_agree(name: str) -> None:
+    small = name.removeprefix("small ")
+    run = golden.cases()[name] if small == name else golden.small_cases()[small]
+    assert address_spaces.problems(golden.printed(run)) == []

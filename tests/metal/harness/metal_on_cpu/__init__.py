@@ -4,6 +4,7 @@
 what is modelled and what is not. Needs MLX, numpy and a C++ compiler; no GPU.
 """
 
+from tests.metal.harness.metal_on_cpu import address_spaces
 from tests.metal.harness.metal_on_cpu.build import compiler
 from tests.metal.harness.metal_on_cpu.capture import Call, Definition, capture
 from tests.metal.harness.metal_on_cpu.faults import (
@@ -46,6 +47,7 @@ __all__ = [
     "TranslationError",
     "Undefined",
     "Uninitialised",
+    "address_spaces",
     "capture",
     "compiler",
     "metal_kernel",

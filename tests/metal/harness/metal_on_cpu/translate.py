@@ -102,30 +102,44 @@ def _plain_signature(text: str) -> str:
 
 
 def _erase(text: str) -> str:
-    text = _COMMENT.sub(lambda found: "\n" * found.group().count("\n"), text)
+    text = without_comments(text)
     text = _ATTRIBUTE.sub("", text)
     text = re.sub(r"^(\s*)constant\s+(?!.*\()", r"\1static const ", text, flags=re.M)
     text = re.sub(rf"\b(?:{'|'.join(ADDRESS_SPACES)})\b(?!\s*[=;.,)\[])", "", text)
     return _place_threadgroup(text)
 
 
-def _place_threadgroup(text: str) -> str:
-    """`threadgroup T name[n];` becomes a reference to shared memory; before a pointer the word is dropped."""
-    out, at, number = [], 0, 0
-    for found in re.finditer(r"\bthreadgroup\b", text):
-        out.append(text[at : found.start()])
-        at = found.end()
-        end = re.search(r"[*&;,)(=]", _without_template_lists(text[at:]))
+def threadgroup_declarations(text: str) -> list[tuple[int, str]]:
+    """Where each `threadgroup` that declares a variable stands in a text without comments, and what it declares.
+
+    Before a pointer or a reference the word only names an address space. Raises TranslationError.
+    """
+    found = []
+    for word in re.finditer(r"\bthreadgroup\b", text):
+        after = text[word.end() :]
+        end = re.search(r"[*&;,)(=]", _without_template_lists(after))
         if end is None:
             raise TranslationError("a threadgroup declaration does not end")
-        if end.group() in ";,=":
-            declared = text[at : at + end.start()]
-            if end.group() != ";":
-                raise TranslationError(f"threadgroup{declared}: declare one variable a line, without an initial value")
-            out.append(_reference(declared, number))
-            number += 1
-            at += end.start()
-    return "".join([*out, text[at:]])
+        declared = after[: end.start()]
+        if end.group() in ",=":
+            raise TranslationError(f"threadgroup{declared}: declare one variable a line, without an initial value")
+        if end.group() == ";":
+            found.append((word.start(), declared))
+    return found
+
+
+def without_comments(text: str) -> str:
+    """The text with comments blanked, its lines as they were."""
+    return _COMMENT.sub(lambda found: "\n" * found.group().count("\n"), text)
+
+
+def _place_threadgroup(text: str) -> str:
+    """`threadgroup T name[n];` becomes a reference to shared memory; before a pointer the word is dropped."""
+    out, at = [], 0
+    for number, (place, declared) in enumerate(threadgroup_declarations(text)):
+        out += [text[at:place], _reference(declared, number)]
+        at = place + len("threadgroup") + len(declared)
+    return re.sub(r"\bthreadgroup\b", "", "".join([*out, text[at:]]))
 
 
 def _without_template_lists(text: str) -> str:
