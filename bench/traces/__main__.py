@@ -82,7 +82,7 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     warm = len(trace.tokens) // 4 if args.warm is None else args.warm
     if not 0 <= warm < len(trace.tokens):
         raise UsageError(f"--warm: found {warm}, expected less than the trace's {len(trace.tokens)} tokens")
-    rows = replay(trace, [_slots(text, trace.records) for text in args.slots.split(",")], warm)
+    rows = replay(trace, [share_of(text, trace.records) for text in args.slots.split(",")], warm)
     about = {key: trace.description[key] for key in ("pack", "tier", "bits", "layers", "records", "record_bytes")}
     report = {"trace": about, "tokens": len(trace.tokens), "warm": warm, "density": trace.density, "rows": rows}
     _show(report)
@@ -93,7 +93,8 @@ def _replay(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _slots(text: str, records: int) -> int:
+def share_of(text: str, records: int) -> int:
+    """A number of slots from `25%` or `288`. Raises UsageError."""
     try:
         slots = round(float(text[:-1]) / 100 * records) if text.endswith("%") else int(text)
     except ValueError:

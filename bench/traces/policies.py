@@ -16,7 +16,7 @@ from flashsparse.cache import SlotTable
 
 Ids = npt.NDArray[np.integer]
 WINDOW = 4  # tokens
-HALF_LIFE = 32  # tokens, of a decayed frequency
+HALF_LIVES = (4, 32)  # rounds, of a decayed frequency
 NEVER = np.int64(1 << 60)
 
 
@@ -98,14 +98,15 @@ class Lfu(Keyed):
 
 
 class Decayed(Keyed):
-    """Least frequency, where a use counts half after HALF_LIFE rounds (LRFU). Keys are logarithms, shifted in time."""
+    """Least frequency, where a use counts half after `half_life` rounds (LRFU). Keys are its logarithm plus time."""
 
-    def __init__(self, records: int, slots: int) -> None:
+    def __init__(self, records: int, slots: int, half_life: int = HALF_LIVES[0]) -> None:
         super().__init__(records, slots)
+        self.half_life = half_life
         self.key[:] = -np.inf
 
     def used(self, ids: Ids) -> None:
-        self.key[ids] = np.logaddexp2(self.key[ids], self.time / HALF_LIFE)
+        self.key[ids] = np.logaddexp2(self.key[ids], self.time / self.half_life)
 
 
 class Belady(Keyed):
@@ -189,7 +190,7 @@ def policies(sets: Sequence[Ids], records: int, slots: int, warm: int) -> dict[s
         f"window {WINDOW}": lambda: Window(records, slots),
         "CLOCK": lambda: Clock(records, slots),
         "LFU": lambda: Lfu(records, slots),
-        f"LFU, half-life {HALF_LIFE}": lambda: Decayed(records, slots),
+        **{f"LFU, half-life {n}": lambda n=n: Decayed(records, slots, n) for n in HALF_LIVES},  # type: ignore[misc]
         "LRU": lambda: Lru(records, slots),
         "LRU, 1/4 pinned": lambda: pinned(0.25),
         "LRU, 1/2 pinned": lambda: pinned(0.5),
