@@ -17,8 +17,9 @@ from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
 from flashsparse.flash import Merging
 from flashsparse.flash.curve import load_curve
-from flashsparse.models.tensors import ffn_names
+from flashsparse.models.tensors import ffn_names, ffn_norm_name
 from flashsparse.places import cache_dir
+from flashsparse.prefetch import Norm, Prefetch, Switch
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
 from flashsparse.weights import Buffer, ResidentStore
 
@@ -42,6 +43,7 @@ class Assembly:
     kernels: Kernels
     store: ResidentStore
     predictors: ResidentStore | None
+    switch: Switch
     merging: Merging = field(default_factory=Merging)
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
@@ -69,7 +71,21 @@ class Assembly:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
             ffn.slab = Buffer(slots * ffn.slot_bytes)
+            ffn.lookahead = self._lookahead(ffn)
         return ffn
+
+    def _lookahead(self, ffn: StreamedFFN) -> Prefetch | None:
+        """None where hints are off, where nothing is chosen, and where the FFN's input is not the normalized stream."""
+        m = self.pack.manifest
+        base = ffn_norm_name(m.family, m.config, ffn.layer)
+        if self.switch.mode == "off" or base is None or not isinstance(ffn.chooser, Exact | Predicted):
+            return None
+        weight, bias = self.store.vector(f"{base}.weight"), self.store.vector(f"{base}.bias")
+        assert weight is not None and ffn.table is not None and ffn.slab is not None
+        norm = Norm(weight, bias, m.config.get("rms_norm_eps", 1e-5), layer="rms_norm_eps" not in m.config)
+        return Prefetch(
+            ffn.table, ffn.slab, ffn.slot_bytes, ffn.flash, self.pool, ffn.chooser, norm, self.switch, ffn.counters
+        )
 
     def _choosers(self) -> list[Chooser]:
         m = self.pack.manifest

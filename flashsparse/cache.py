@@ -1,4 +1,4 @@
-"""Which record of a layer sits in which slot: hits, misses, victims, rounds.
+"""Which record of a layer sits in which slot: hits, misses, victims, rounds, reservations for reads ahead.
 
 Bookkeeping only, in numpy: it holds no weights, starts no reads and knows records by their number. The reader fills the
 slots that a round names and commits the round; the kernels find a record through `Round.slots` and `SlotTable.begin`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,17 @@ class Round:
     """Records that are in their slots together, until the iterator that gave this round advances.
 
     ids: ascending int32 [n]; slots: int32 [n], the slot of each; missing: bool [n], those whose bytes must be read into
-    their slots before `commit`. A round that is left without commit counts as aborted.
+    their slots before `commit`; ahead: int [k], positions in `ids` of those among them whose slots the reservation
+    holds already, so that they are on their way. A round that is left without commit counts as aborted.
     """
 
-    __slots__ = ("_table", "committed", "ids", "missing", "slots")
+    __slots__ = ("_table", "ahead", "committed", "ids", "missing", "slots")
 
-    def __init__(self, table: SlotTable, ids: Ints, slots: Ints, missing: npt.NDArray[np.bool_]) -> None:
+    def __init__(
+        self, table: SlotTable, ids: Ints, slots: Ints, missing: npt.NDArray[np.bool_], ahead: npt.NDArray[np.intp]
+    ) -> None:
         self._table = table
-        self.ids, self.slots, self.missing = ids, slots, missing
+        self.ids, self.slots, self.missing, self.ahead = ids, slots, missing, ahead
         self.committed = False
 
     def commit(self) -> None:
@@ -41,6 +45,14 @@ class Round:
     def abort(self) -> None:
         """Make the missing records absent again (a read failed). Does nothing once the round is committed or over."""
         self._table._abort(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Reservation:
+    """Slots for records that are read before a round asks for them. ids: ascending int32 [n]; slots: int [n]."""
+
+    ids: Ints
+    slots: npt.NDArray[np.integer]
 
 
 class SlotTable:
@@ -70,21 +82,82 @@ class SlotTable:
         self._token_starts: deque[int] = deque([1], maxlen=window)
         self._bonus = self._pin_bonus(pins)
         self._open: Round | None = None
+        self._reserved: Reservation | None = None
         self._half_done = False
         self._queue = self._queue_keys = np.empty(0, np.int64)  # next victims in order, and their keys when queued
 
     def rounds(self, ids: npt.ArrayLike) -> Iterator[Round]:
         """Rounds that cover `ids` (ascending, unique) in order: one when they fit in the slots, none without ids.
 
-        Raises ValueError for ids that are not ascending or out of range.
+        What is reserved stays so: `ids` and the other reserved records must fit in the slots together (`fits`).
+        Raises ValueError for ids that are not ascending, out of range, or too many beside a reservation.
         """
         wanted = self._validated(ids)
+        self._recover()
+        if not self.fits(wanted):
+            raise ValueError(f"{len(wanted)} records and those reserved do not fit in {self.slots} slots")
+        return self._rounds(wanted)
+
+    def _recover(self) -> None:
+        """Undo what a caller that failed left behind; its frames may keep a round's iterator alive."""
         if self._half_done:
             self._rebuild()
-        if self._open is not None:  # left behind by a caller that failed; its frames may keep the iterator alive
+        if self._open is not None:
             self._abort(self._open)
             self._open = None
-        return self._rounds(wanted)
+
+    def fits(self, ids: Ints) -> bool:
+        """Whether ascending `ids` can be asked for while the present reservation is open; always without one."""
+        held = self._reserved
+        if held is None:
+            return True
+        return len(ids) + len(held.ids) - int(np.count_nonzero(np.isin(held.ids, ids))) <= self.slots
+
+    def absent(self, ids: Ints) -> npt.NDArray[np.bool_]:
+        """Which of `ids` are in no slot."""
+        return self._slot_of[ids] < 0
+
+    def reserve(self, ids: npt.ArrayLike, keep: Ints) -> Reservation:
+        """Slots for records `ids` (ascending, in no slot), to be read before they are asked for; at most one is open.
+
+        Victims are those of a round, but none of `keep`, which counts as used now. Raises ValueError when `ids` are in
+        slots or do not fit beside `keep`. An earlier reservation that was not settled is dropped: none of its reads may
+        be in flight.
+        """
+        wanted = self._validated(ids)
+        self._recover()
+        if self._reserved is not None:
+            self.settle(self._reserved, np.zeros(len(self._reserved.ids), bool))
+        held = self._slot_of[keep]
+        held = held[held >= 0]
+        if len(wanted) + len(held) > self.slots or not self.absent(wanted).all():
+            raise ValueError(f"{len(wanted)} records to reserve beside {len(held)} in {self.slots} slots, absent ones")
+        self._half_done = True
+        self._key[held] = _LOCKED
+        victims = self._evict(len(wanted))
+        self._stamp(self._record_in[held], held)
+        self._reserved = Reservation(wanted, victims)
+        self._half_done = False
+        return self._reserved
+
+    def settle(self, reservation: Reservation, arrived: npt.NDArray[np.bool_]) -> None:
+        """Close a reservation: the records that have `arrived` (bool [n]) are resident from now on, as used just now.
+
+        None of its reads may be in flight. Does nothing for one that an interrupt has closed already. Records that a
+        committed round has taken over are resident whatever `arrived` says.
+        """
+        self._recover()
+        if reservation is not self._reserved:
+            return
+        left = self._slot_of[reservation.ids] < 0
+        new, free = left & arrived, left & ~arrived
+        self._half_done = True
+        self._reserved = None
+        self._record_in[reservation.slots[new]] = reservation.ids[new]
+        self._slot_of[reservation.ids[new]] = reservation.slots[new]
+        self._stamp(reservation.ids[new], reservation.slots[new])
+        self._free(reservation.slots[free])
+        self._half_done = False
 
     def end_token(self) -> None:
         """A forward step is over. Call once per step; what `recent` reports moves on."""
@@ -108,12 +181,15 @@ class SlotTable:
         used = np.flatnonzero(self._record_in >= 0)
         resident = np.flatnonzero(self._slot_of >= 0)
         in_flight = 0 if self._open is None or self._open.committed else int(np.count_nonzero(self._open.missing))
+        if self._reserved is not None:
+            taken = 0 if self._open is None or self._open.committed else len(self._open.ahead)
+            in_flight += int(np.count_nonzero(self._slot_of[self._reserved.ids] < 0)) - taken
         problems = {
             "no change is half done": not self._half_done,
             "as many used slots as resident records": len(used) == len(resident),
             "slot of a record holds it": bool(np.all(self._record_in[self._slot_of[resident]] == resident)),
             "free slots come first": int(np.count_nonzero(self._key < 0)) == self.slots - len(used) - in_flight,
-            "keys are distinct": self._open is not None or len(np.unique(self._key)) == self.slots,
+            "keys are distinct": in_flight > 0 or self._open is not None or len(np.unique(self._key)) == self.slots,
         }
         failed = [name for name, holds in problems.items() if not holds]
         if failed:
@@ -157,20 +233,35 @@ class SlotTable:
             self._rebuild()
         slots = self._slot_of[ids]
         missing = slots < 0
-        count = int(np.count_nonzero(missing))
+        ahead = self._reserved_among(ids, slots)
+        count = int(np.count_nonzero(slots < 0))
         self._half_done = True
         if count:
             if count < len(ids):
-                self._key[slots[~missing]] = _LOCKED
-            victims = self._victims(count)
-            evicted = self._record_in[victims]
-            self._slot_of[evicted[evicted >= 0]] = -1
-            self._record_in[victims] = -1
-            self._key[victims] = _LOCKED
-            slots[missing] = victims
-        self._open = Round(self, ids, slots, missing)
+                self._key[slots[slots >= 0]] = _LOCKED
+            slots[slots < 0] = self._evict(count)
+        self._open = Round(self, ids, slots, missing, ahead)
         self._half_done = False
         return self._open
+
+    def _reserved_among(self, ids: Ints, slots: Ints) -> npt.NDArray[np.intp]:
+        """Positions in `ids` of the reserved records, whose slots are filled in."""
+        if self._reserved is None or not len(self._reserved.ids) or not len(ids):
+            return np.empty(0, np.intp)
+        at = np.searchsorted(ids, self._reserved.ids)
+        found = ids[np.minimum(at, len(ids) - 1)] == self._reserved.ids
+        found &= self._slot_of[self._reserved.ids] < 0  # a round may have taken it over
+        slots[at[found]] = self._reserved.slots[found]
+        return at[found]
+
+    def _evict(self, count: int) -> npt.NDArray[np.int64]:
+        """`count` slots that hold nothing any more and are nobody's victims."""
+        victims = self._victims(count) if count else np.empty(0, np.int64)
+        evicted = self._record_in[victims]
+        self._slot_of[evicted[evicted >= 0]] = -1
+        self._record_in[victims] = -1
+        self._key[victims] = _LOCKED
+        return victims
 
     def _commit(self, this: Round) -> None:
         if this is not self._open or this.committed:
@@ -192,11 +283,12 @@ class SlotTable:
         if self._half_done:
             self._rebuild()
             return
-        free = this.slots[this.missing]
         self._half_done = True
         self._stamp(this.ids, this.slots)
-        self._key[free] = free - np.int64(self.slots)
-        self._queue = self._queue_keys = np.empty(0, np.int64)  # free slots go before what was queued
+        self._key[this.slots[this.ahead]] = _LOCKED  # the reservation's still
+        not_ahead = this.missing.copy()
+        not_ahead[this.ahead] = False
+        self._free(this.slots[not_ahead])
         self._open = None
         self._half_done = False
 
@@ -212,8 +304,13 @@ class SlotTable:
         lost = (self._key[used] < 0) | (self._key[used] == _LOCKED)
         self._stamp(records[lost], used[lost])
         self._queue = self._queue_keys = np.empty(0, np.int64)
-        self._open = None
+        self._open = self._reserved = None
         self._half_done = False
+
+    def _free(self, slots: npt.NDArray[np.integer]) -> None:
+        if len(slots):
+            self._key[slots] = slots - np.int64(self.slots)
+            self._queue = self._queue_keys = np.empty(0, np.int64)  # free slots go before what was queued
 
     def _stamp(self, ids: Ints, slots: npt.NDArray[np.integer]) -> None:
         self._clock += 1

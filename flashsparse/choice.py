@@ -85,6 +85,13 @@ class Exact:
 
     whole = choose
 
+    def guess(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        """Magnitudes [I] for a state x [1, d] near the layer's input, and the least that counts. See prefetch.py."""
+        activated = self.scores[:1]
+        self.kernels.linear(self.scoring, self.bias, x, activated)
+        self.kernels.activate(activated)
+        return np.abs(activated[0], out=activated[0]), float(np.finfo(np.float32).smallest_subnormal)
+
 
 @dataclass
 class Predicted:
@@ -105,6 +112,14 @@ class Predicted:
 
     def whole(self, x: np.ndarray) -> Choice:
         return Whole(self.scores.shape[1]).choose(x)
+
+    def guess(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        """Scores [I] of a state x [1, d] near the layer's input, and the one that selects. See prefetch.py."""
+        scores = self.scores[0]
+        self.predictor.score(x, self.scores[:1])
+        if self.k is None:
+            return scores, self.threshold
+        return scores, max(self.threshold, float(np.partition(scores, -self.k)[-self.k]))
 
     def _select(self, x: np.ndarray) -> np.ndarray:
         scores = self.scores[: len(x)]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flashsparse.weights import ResidentStore
 
 READ_MODES = ("auto", "direct", "buffered")
+LOOKAHEAD = ("auto", "on", "off")
 MAX_THREADS = 1024
 MAX_SLOTS = 1 << 24
 
@@ -54,6 +55,7 @@ def load(
     slots: int | None = None,
     tier: str | None = None,
     layers: str = "auto",
+    lookahead: str = "auto",
 ) -> Engine:
     """Load a pack under a memory budget.
 
@@ -69,6 +71,8 @@ def load(
         slots: slots per layer instead of what the budget buys (for tests and measurements).
         layers: "native" runs whole decoder layers in native code, "modules" mlx-lm's model with our parts in it (what
             the reference kernels take part in); "auto" is native where the kernels are.
+        lookahead: "on" starts a layer's reads before its attention, from the state that enters it; "auto" does when
+            that measures faster, "off" never. Results are the same.
         tier: "dense" runs a pack of tier predict without its predictor: every layer streamed, the dense model's result.
 
     Raises:
@@ -76,8 +80,8 @@ def load(
         BudgetError: the budget cannot hold the floor; `smallest` says what would.
         UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
     """
-    options = _Options(dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers)
-    return Engine(path, options)
+    asked = (dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers, lookahead)
+    return Engine(path, _Options(*asked))
 
 
 class _Options:
@@ -95,6 +99,7 @@ class _Options:
         slots: int | None,
         tier: str | None,
         layers: str,
+        lookahead: str,
     ) -> None:
         if tier not in (None, "dense"):
             raise UsageError(f"tier: {shown(tier)} is not 'dense'; leave it out for the pack's own tier")
@@ -104,6 +109,8 @@ class _Options:
             raise UsageError(f"layers: {shown(layers)} is not one of {', '.join(CHOICES)}")
         if layers == "native" and kernels == "reference":
             raise UsageError("layers: 'native' needs the native kernels, not the reference")
+        if lookahead not in LOOKAHEAD:
+            raise UsageError(f"lookahead: {shown(lookahead)} is not one of {', '.join(LOOKAHEAD)}")
         self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
         self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
         self.threads = (
@@ -113,6 +120,7 @@ class _Options:
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
         self.native_layers = layers != "modules" and kernels != "reference"
+        self.lookahead = lookahead
 
 
 def _whole_bytes(dram: Any) -> int:
@@ -187,6 +195,7 @@ class Engine:
     def _load(self, pack: OpenPack, options: _Options) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
         from flashsparse.kernels import make_kernels
+        from flashsparse.prefetch import Switch
 
         self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
         self.kernels = self._kernels.name
@@ -197,6 +206,7 @@ class Engine:
         self.plan, tile = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
+        self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, tile)
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
@@ -283,6 +293,7 @@ class Engine:
             budget_bytes=self.plan.budget,
             runtime_bytes=self.runtime_bytes,
             calibrated_density=None if spec is None else spec.calibrated_density,
+            lookahead=self._switch.to_dict,
         )
 
     def observe(self, observer: Callable[[int, np.ndarray], None] | None) -> None:
@@ -370,7 +381,7 @@ class Engine:
         assert self._pool is not None and self._kernels is not None
         m, (store, *predictors) = self.manifest, pack.stores
         predictor = predictors[0] if predictors else None
-        assembly = Assembly(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor)
+        assembly = Assembly(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
         self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
         self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
         if self.layers == "modules":

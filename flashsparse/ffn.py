@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse.flash import Batch, FlashFile, Merging, ReadPool, read_range, reads
+from flashsparse.prefetch import arrived_in
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from flashsparse.choice import Choice, Chooser
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
-    from flashsparse.prefetch import Lookahead
+    from flashsparse.prefetch import Ahead, Prefetch
     from flashsparse.weights import Buffer
 
 READ_SPLIT = 1 << 20  # one tile read is cut into pieces of this size, so that the pool's threads share it
@@ -107,7 +108,7 @@ class StreamedFFN:
     observer: Callable[[np.ndarray], None] | None = None
     dense: bool = False
     judging: Judging | None = None
-    lookahead: Lookahead | None = None
+    lookahead: Prefetch | None = None
     decoded: int = 0  # tokens that were computed one at a time, and how many neurons were predicted for them
     decoded_neurons: int = 0
 
@@ -140,12 +141,17 @@ class StreamedFFN:
         self._count_choice(choice, tokens)
         hidden = partial(self._hidden, x, choice)
         if self.table is None or self.dense or (tokens > 1 and len(choice.ids) > self.table.slots):
+            if self.lookahead is not None:
+                self.lookahead.drop()
             self._stream(choice.ids, x, y, hidden)
             return
+        ahead = None if self.lookahead is None else self.lookahead.claim(choice.ids)
         width = len(self.scratch.hidden) // tokens
         for start in range(0, len(choice.ids), width):
             for round_ in self.table.rounds(choice.ids[start : start + width]):
-                self._round(round_, x, y, hidden)
+                self._round(round_, x, y, hidden, ahead)
+        if ahead is not None and self.lookahead is not None:
+            self.lookahead.finish()
         self.table.end_token()
 
     def _judge(self, judging: Judging, x: np.ndarray, y: np.ndarray) -> None:
@@ -188,37 +194,64 @@ class StreamedFFN:
             self.counters.fired += int(np.count_nonzero(hidden))
         self.kernels.down(slab, offsets, cols, hidden, y)
 
-    def _round(self, round_: Round, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden) -> None:
-        """Submit the misses, compute the hits, then each miss as it arrives, then accumulate in ascending order.
+    def _round(
+        self, round_: Round, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden, ahead: Ahead | None
+    ) -> None:
+        """Submit the misses, compute the hits, then what was read ahead and each miss as it arrives, then accumulate.
 
-        Reading into the slots is safe here: every output that read them was evaluated a token ago (the kernels are
-        synchronous), and the table never hands out a slot of the current round.
+        The accumulation is in ascending order. Reading into the slots is safe here: every output that read them was
+        evaluated a token ago (the kernels are synchronous), and the table never hands out a slot of the current round.
         """
         assert self.table is not None and self.slab is not None
         slab = self.slab.bytes
         hidden = self.scratch.hidden_for(x.shape[0], len(round_.ids))
         cols = np.arange(len(round_.ids), dtype=np.int32)
-        missing = np.flatnonzero(round_.missing)
-        self.counters.rounds += 1
-        self.counters.hits += len(cols) - len(missing)
-        self.counters.misses += len(missing)
+        missing = round_.missing.copy()
+        missing[round_.ahead] = False
+        self._count_round(round_, missing)
 
         def compute(which: np.ndarray) -> None:
             compute_hidden(slab, offsets[which], round_.ids[which], cols[which], hidden)
 
-        if not len(missing):
-            offsets = self._offsets(round_)
+        offsets = self._offsets(round_)
+        if not round_.missing.any():
             compute(cols)
         else:
-            with self._submit(round_, missing) as batch:
+            with self._submit(round_, np.flatnonzero(missing)) as batch:
                 offsets = self._offsets(round_)
-                hits = np.flatnonzero(~round_.missing)
-                if len(hits):
+                if len(hits := np.flatnonzero(~round_.missing)):
                     compute(hits)
-                while len(done := self._take(batch)):
-                    compute(missing[np.sort(done)])
+                late = self._compute_ahead(round_, ahead, compute)
+                self._compute_arriving(batch, np.flatnonzero(missing), compute)
+            if len(late):
+                with self._submit(round_, late) as batch:
+                    offsets = self._offsets(round_)
+                    self._compute_arriving(batch, late, compute)
         round_.commit()
         self._down(slab, offsets, cols, hidden, y)
+
+    def _compute_ahead(self, round_: Round, ahead: Ahead | None, compute: Callable[[np.ndarray], None]) -> np.ndarray:
+        """Compute what was read ahead as it arrives; positions of the records that did not, because a read failed."""
+        if ahead is None:
+            return round_.ahead
+        while len(done := self._take(ahead)):
+            if len(arrived := arrived_in(round_, ahead, done)):
+                compute(arrived)
+        there = np.isin(round_.ids[round_.ahead], ahead.reservation.ids[ahead.arrived])
+        late: np.ndarray = round_.ahead[~there]
+        return late
+
+    def _compute_arriving(self, batch: Batch, records: np.ndarray, compute: Callable[[np.ndarray], None]) -> None:
+        while len(done := self._take(batch)):
+            compute(records[np.sort(done)])
+
+    def _count_round(self, round_: Round, missing: np.ndarray) -> None:
+        misses = int(np.count_nonzero(missing))
+        self.counters.rounds += 1
+        self.counters.hits += len(round_.ids) - misses
+        self.counters.misses += misses
+        self.counters.prefetch_used += len(round_.ahead)
+        self.counters.needed_bytes += len(round_.ahead) * self.flash.record_bytes
 
     def _offsets(self, round_: Round) -> np.ndarray:
         assert self.table is not None
@@ -247,7 +280,7 @@ class StreamedFFN:
         self.counters.flash_reads += requests
         self.counters.needed_bytes += records * self.flash.record_bytes
 
-    def _take(self, batch: Batch) -> np.ndarray:
+    def _take(self, batch: Batch | Ahead) -> np.ndarray:
         began = time.perf_counter()
         done = batch.take()
         self.counters.io_wait_s += time.perf_counter() - began

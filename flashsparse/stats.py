@@ -5,6 +5,7 @@ Every published figure comes from here. Counters only grow; a phase is the diffe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 
 
@@ -16,6 +17,9 @@ class Counters:
     were needed by some token of a step. In tier predict `predicted` of `scored` pairs of token and neuron were
     computed, and `fired` of them were not zero. `attention_s` (with the norms around it), `ffn_s` (with its waiting for
     reads, `io_wait_s`) and `head_s` are parts of `seconds`; `compute_s` is what was spent inside the native kernels.
+    `hits` count records that were in their slots, or on their way there by a read ahead (`prefetch_used` of the
+    `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s` are spent on naming and
+    starting reads ahead.
     """
 
     tokens: int = 0
@@ -37,6 +41,10 @@ class Counters:
     attention_s: float = 0.0
     head_s: float = 0.0
     compute_s: float = 0.0
+    prefetched: int = 0
+    prefetch_used: int = 0
+    prefetch_wasted_bytes: int = 0
+    hint_s: float = 0.0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -52,6 +60,16 @@ class Counters:
         """Hits per record needed; None when no record was looked up."""
         total = self.hits + self.misses
         return self.hits / total if total else None
+
+    @property
+    def prefetch_useful(self) -> float | None:
+        """Share of the records read ahead that their step needed; None when none was read ahead."""
+        return self.prefetch_used / self.prefetched if self.prefetched else None
+
+    @property
+    def layers_s(self) -> float:
+        """Seconds in the layers, waiting for reads included, as far as they are measured."""
+        return self.attention_s + self.ffn_s + self.hint_s
 
     @property
     def density(self) -> float | None:
@@ -117,6 +135,7 @@ class Stats:
     budget_bytes: int
     runtime_bytes: int
     calibrated_density: float | None = None
+    lookahead: Callable[[], dict[str, object]] = dict
     peak_memory_bytes: int = 0
     time_to_first_token_s: float = 0.0
     prefill: Counters = field(default_factory=Counters)
@@ -151,6 +170,8 @@ class Stats:
             "predicted_density": decode.predicted_density,
             "calibrated_density": self.calibrated_density,
             "predictor_precision": decode.predictor_precision,
+            "prefetch_useful": decode.prefetch_useful,
+            "lookahead": self.lookahead(),
             "io_wait_s": round(both.io_wait_s, 4),
             "tier": self.tier,
             "read_mode": self.read_mode,

@@ -28,6 +28,7 @@ class Memory:
     threads: int | None = None
     io_threads: int = 16
     read_mode: str = "auto"
+    lookahead: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Sampling:
 def memory_options(
     dram: str = "half of the machine, or what the model needs", max_kv_size: str = "what fits"
 ) -> Decorator:
-    """--dram, --max-kv-size, --threads, --io-threads and --read-mode; the arguments describe the defaults."""
+    """--dram, --max-kv-size, --threads, --io-threads, --read-mode, --lookahead; the arguments describe the defaults."""
     options = (
         click.option("--dram", metavar="SIZE", help=f"Memory budget: 7GB, 4GiB, 50%.  [default: {dram}]"),
         click.option(
@@ -59,6 +60,12 @@ def memory_options(
             type=click.Choice(["auto", "direct", "buffered"]),
             default="auto",
             help="Past or through the system's file cache; auto is direct where the file system allows it.",
+        ),
+        click.option(
+            "--lookahead",
+            type=click.Choice(["auto", "on", "off"]),
+            default="auto",
+            help="Start a layer's reads under its attention; auto does while that measures faster.",
         ),
     )
     return lambda command: _apply(options, command)
@@ -107,6 +114,7 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
         threads=memory.threads,
         io_threads=memory.io_threads,
         read_mode=memory.read_mode,
+        lookahead=memory.lookahead,
         on_plan=lambda plan: click.echo(plan.describe(), err=err),
     )
     with engine:

@@ -20,10 +20,18 @@ def stats_line(stats: dict[str, Any]) -> str:
         f"first token {stats['time_to_first_token_s']:.2f} s",
         f"{format_bytes(int(stats['flash_bytes_per_token']))} from flash per token ({stats['read_mode']} reads)",
         f"hit rate {percent(stats['hit_rate'])}",
+        *lookahead_parts(stats),
         f"peak memory {format_bytes(used)} of {format_bytes(stats['budget_bytes'])}"
         f" (+ {format_bytes(stats['runtime_bytes'])} runtime)",
     ]
     return " | ".join(parts)
+
+
+def lookahead_parts(stats: dict[str, Any]) -> list[str]:
+    """Whether layers read ahead, and how much of that was needed; nothing where they never did."""
+    useful = stats["prefetch_useful"]
+    state = "on" if stats["lookahead"]["on"] else "off"
+    return [] if useful is None else [f"lookahead {state}, {percent(useful)} of it used"]
 
 
 def quality_report(tier: str, quality: dict[str, Any] | None, problem: str | None) -> list[str]:

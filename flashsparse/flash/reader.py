@@ -203,6 +203,21 @@ class Batch:
             f"{path}: reading {need} bytes at offset {offset} failed: {what}", path, offset, need, error.error
         )
 
+    def keep(self, wanted: np.ndarray) -> np.ndarray:
+        """Drop the reads that nobody has begun and that are not `wanted` (bool [n]); bool [n]: those not dropped.
+
+        The kept ones go on, in their order; a request of several reads is dropped when none of them is wanted. A failed
+        batch has no reads left to keep: `take` raises.
+        """
+        kept = (wanted if self._order is None else wanted[self._order]).astype(np.uint8)
+        if self._open:
+            lib().fs_pool_keep(self._pool.handle, self.number, kept.ctypes.data)
+        if self._order is None:
+            return kept.view(bool)
+        result = np.empty(len(kept), bool)
+        result[self._order] = kept
+        return result
+
     def release(self) -> None:
         """Drop the reads nobody has begun and wait for those in flight; the memory is free afterwards. Idempotent."""
         if self._open:

@@ -41,6 +41,13 @@ def ffn_names(family: str, layer: int) -> FFNNames:
     return FFNNames(f"{base}.gate_proj", f"{base}.up_proj", f"{base}.down_proj")
 
 
+def ffn_norm_name(family: str, config: dict[str, Any], layer: int) -> str | None:
+    """The norm that makes a layer's FFN input from the residual stream; None where norms follow the sums."""
+    if family != "opt":
+        return f"model.layers.{layer}.post_attention_layernorm"
+    return f"model.decoder.layers.{layer}.final_layer_norm" if config["do_layer_norm_before"] else None
+
+
 def embedding_name(family: str) -> str:
     return "model.decoder.embed_tokens.weight" if family == "opt" else "model.embed_tokens.weight"
 

@@ -98,6 +98,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_pool_submit": (c_int64, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
     "fs_pool_take": (c_int64, [c_void_p, c_int64, c_void_p, c_int64, c_int64]),
     "fs_pool_error": (c_int32, [c_void_p, c_int64, POINTER(CReadError)]),
+    "fs_pool_keep": (None, [c_void_p, c_int64, c_void_p]),
     "fs_pool_release": (None, [c_void_p, c_int64]),
     "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 4)]),
 }

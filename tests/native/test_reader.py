@@ -291,3 +291,23 @@ def test_read_range_rounds_out(path: Path) -> None:
         assert read_range(file, 1024, 512) == (1024, 512)
         starts, lengths = read_range(file, numbers(0, 511), 2)
         assert (starts.tolist(), lengths.tolist()) == ([0, 0], [512, 1024])
+
+
+def test_reads_nobody_has_begun_can_be_dropped(path: Path, content: np.ndarray) -> None:
+    wanted = np.arange(300) * 3000
+    memory = Memory(300 * 8192)
+    keep = np.random.default_rng(5).random(300) < 0.3
+    with FlashFile(path) as file, ReadPool(1) as pool:
+        batch, at = read_some(pool, file, wanted, 2000, memory, 8192)
+        with batch:
+            kept = batch.keep(keep)
+            assert np.all(kept[keep])
+            again = batch.keep(kept)  # dropped ones stay dropped
+            assert np.array_equal(again, kept)
+            taken: list[int] = []
+            while len(done := batch.take()):
+                check(memory, at[done], content, wanted[done], 2000)
+                taken.extend(done.tolist())
+    assert sorted(taken) == np.flatnonzero(kept).tolist()
+    assert not kept.all()  # one thread cannot have begun all of 300 reads
+    assert np.all(memory.bytes.reshape(-1)[at[~kept]] == 0xAA)

@@ -39,6 +39,16 @@ class Model:
         given_out = (free + [self.slot_of.pop(i) for i in evicted])[: len(missing)]
         return dict(zip(missing, given_out, strict=True))
 
+    def reserve(self, new: list[int], slots: list[int], keep: list[int]) -> None:
+        """The same slots as a round of `keep` and `new` would give out; `keep` counts as used."""
+        given = self.start(sorted({*new, *keep}))
+        assert [given[i] for i in new] == slots
+        self.finish(keep, {})
+
+    def evict(self, slots: list[int]) -> None:
+        for i in [i for i, slot in self.slot_of.items() if slot in slots]:
+            del self.slot_of[i]
+
     def finish(self, ids: list[int], arrived: dict[int, int]) -> None:
         self.slot_of |= arrived
         self.round += 1
@@ -105,6 +115,39 @@ class Sequences(RuleBasedStateMachine):
         else:
             rounds.close()
             self.table.check()
+
+    @rule(hinted=requests, ids=requests, arrive=st.sampled_from(["all", "some", "none"]), ask=st.booleans())
+    def request_with_reads_ahead(self, hinted: list[int], ids: list[int], arrive: str, ask: bool) -> None:
+        named = np.array(hinted, np.int32)
+        absent = self.table.absent(named)
+        keep, new = named[~absent], named[absent][: self.table.slots - int(np.count_nonzero(~absent))]
+        held = self.table.reserve(new, keep)
+        self.model.reserve(new.tolist(), held.slots.tolist(), keep.tolist())
+        self.table.check()
+        if ask and self.table.fits(np.array(ids, np.int32)):
+            for part in self.table.rounds(ids):
+                self.read(part)
+                assert set(part.ids[part.ahead].tolist()) == set(new.tolist()) & set(ids)
+                assert all(
+                    held.slots[np.flatnonzero(held.ids == part.ids[at])[0]] == part.slots[at] for at in part.ahead
+                )
+                assert part.missing[part.ahead].all()
+                part.commit()
+                rest = part.missing.copy()
+                rest[part.ahead] = False
+                self.model.evict(part.slots[rest].tolist())
+                self.model.finish(part.ids.tolist(), dict(zip(part.ids.tolist(), part.slots.tolist(), strict=True)))
+                self.loaded += int(np.count_nonzero(part.missing))
+            self.masks[-1] |= set(ids)
+        here = np.array([arrive == "all" or (arrive == "some" and i % 2 == 0) for i in held.ids.tolist()], bool)
+        asked = {i for i in held.ids.tolist() if i in self.model.slot_of}
+        late = {i: s for i, s in zip(held.ids[here].tolist(), held.slots[here].tolist(), strict=True) if i not in asked}
+        self.bytes_of |= {slot: i for i, slot in late.items()}
+        self.table.settle(held, here)
+        self.table.settle(held, here)  # once is enough
+        self.model.finish(list(late), late)
+        self.masks = deque([set()], maxlen=self.masks.maxlen)  # reads ahead may have evicted the window's records
+        self.table.check()
 
     @rule()
     def end_token(self) -> None:
@@ -296,6 +339,64 @@ def ask(table: SlotTable, slab: np.ndarray, ids: list[int], arrive: bool = True)
         slab[part.slots[part.missing]] = part.ids[part.missing]
         part.commit()
     table.end_token()
+
+
+def ask_ahead(table: SlotTable, slab: np.ndarray, hinted: list[int], ids: list[int], arrive: bool = True) -> None:
+    """The same with reads ahead, as the engine makes them: reserve, read, ask, settle."""
+    named = np.array(hinted, np.int32)
+    absent = table.absent(named)
+    held = table.reserve(named[absent], named[~absent])
+    slab[held.slots] = -1
+    slab[held.slots[::2]] = held.ids[::2]  # half of them arrive
+    here = np.arange(len(held.ids)) % 2 == 0
+    try:
+        ask(table, slab, ids, arrive)
+    finally:
+        here |= np.isin(held.ids, ids) & arrive
+        table.settle(held, here & (slab[held.slots] == held.ids))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("ids", [[2, 6, 7], [0, 1, 9], [4, 5, 8]])
+@pytest.mark.parametrize("arrive", [True, False])
+def test_an_interrupt_between_reserving_and_settling_leaves_hits_true(ids: list[int], arrive: bool) -> None:
+    kept, after, interrupt = [], 0, Interrupt(0)
+    while interrupt.left <= 0:
+        after += 1
+        interrupt = Interrupt(after)
+        table, slab = SlotTable(16, 6, pins=[3]), np.full(6, -1)
+        for wanted in ([0, 1, 2, 3], [2, 3, 9], [4, 5]):
+            ask(table, slab, wanted)
+        try:
+            with interrupt:
+                ask_ahead(table, slab, [2, 6, 8], ids, arrive)
+        except (KeyboardInterrupt, OSError) as error:
+            kept.append(error)
+        if after % 2:
+            with pytest.raises(OSError):
+                ask(table, slab, [15], arrive=False)
+        else:
+            ask_ahead(table, slab, [10, 11], [10, 12])
+            table.check()
+        table.settle(table.reserve([], np.empty(0, np.int32)), np.empty(0, bool))
+        table.check()
+        assert set(table.resident().tolist()) <= set(slab.tolist())
+
+
+def test_reservations_that_make_no_sense_are_refused() -> None:
+    table = SlotTable(16, 4)
+    run_all(table, [1, 2])
+    with pytest.raises(ValueError, match="absent ones"):
+        table.reserve([2, 3], np.empty(0, np.int32))
+    with pytest.raises(ValueError, match="2 in 4 slots"):
+        table.reserve([3, 4, 5], np.array([1, 2], np.int32))
+    held = table.reserve([3, 4], np.array([1], np.int32))
+    assert not table.fits(np.array([1, 2, 5], np.int32))
+    with pytest.raises(ValueError, match="do not fit"):
+        table.rounds([1, 2, 5])
+    assert table.fits(np.array([1, 2, 3, 4], np.int32))
+    table.settle(held, np.array([True, False]))
+    assert table.resident().tolist() == [1, 2, 3]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupts while iterators are closed

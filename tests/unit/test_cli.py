@@ -31,6 +31,8 @@ STATS = {
     "flash_bytes_per_token": 1_500_000,
     "read_mode": "direct",
     "hit_rate": 0.875,
+    "prefetch_useful": 0.5,
+    "lookahead": {"mode": "auto", "on": True},
     "peak_memory_bytes": 90_000_000,
     "runtime_bytes": 75_000_000,
     "budget_bytes": 20_000_000,
@@ -229,7 +231,9 @@ def test_stats_line() -> None:
     assert "1.5 MB from flash per token (direct reads)" in line
     assert "hit rate 87.5 %" in line
     assert "peak memory 15.0 MB of 20.0 MB" in line
+    assert "lookahead on, 50.0 % of it used" in line
     assert "hit rate -" in report.stats_line(STATS | {"hit_rate": None})
+    assert "lookahead" not in report.stats_line(STATS | {"prefetch_useful": None})
 
 
 def test_demo_summary_says_what_fits() -> None:

@@ -124,6 +124,8 @@ FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n
 // -1: a read failed (no read of the batch is in flight any more). -2: no such batch, or the pool was stopped.
 FS_API int64_t fs_pool_take(fs_pool*, int64_t batch, int32_t* done, int64_t max, int64_t least);
 FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1 and *out, or 0
+// Drops the reads of the batch that nobody has begun and whose kept[i] is 0; sets kept[i] of those that were begun.
+FS_API void fs_pool_keep(fs_pool*, int64_t batch, uint8_t* kept);
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
 FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // requests, bytes needed, bytes arrived, busy ns
 

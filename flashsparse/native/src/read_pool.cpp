@@ -8,9 +8,11 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <numeric>
 #include <system_error>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "reading.h"
@@ -21,23 +23,26 @@ constexpr size_t kHugePage = 2 << 20;
 
 struct Batch {
     Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs)
-        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), waiting(runs) {
+        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), order(size_t(runs)), waiting(runs) {
+        std::iota(order.begin(), order.end(), 0);
         for (const fs_read& read : reads) {
             auto at = reinterpret_cast<uintptr_t>(read.dest);
-            low = std::min(low, at), high = std::max(high, at + uintptr_t(read.length));
+            places.push_back({at, at + uintptr_t(read.length)});
         }
+        std::sort(places.begin(), places.end());
     }
     std::vector<fs_read> reads;
     std::vector<int32_t> firsts;  // the first read of each request, and the number of reads
+    std::vector<int32_t> order;   // of the requests: those from `next` on are waiting
     std::vector<int32_t> done;    // finished reads, not yet taken
     int64_t next = 0, waiting, in_flight = 0;  // requests
     size_t wanted = 1;  // finished reads that whoever takes waits for
     bool failed = false;
     fs_read_error error{};
     std::condition_variable changed;
-    uintptr_t low = UINTPTR_MAX, high = 0;  // all destinations lie within
+    std::vector<std::pair<uintptr_t, uintptr_t>> places;  // destinations, first and last + 1, ascending
 
-    bool overlaps(const Batch& other) const { return low < other.high && other.low < high; }
+    bool overlaps(const Batch& other) const;
     bool finished() const { return waiting == 0 && in_flight == 0; }
 };
 
@@ -68,6 +73,15 @@ struct Staging {
     size_t total;
     uint8_t* memory = nullptr;
 };
+bool Batch::overlaps(const Batch& other) const {
+    auto a = places.begin(), b = other.places.begin();
+    while (a != places.end() && b != other.places.end()) {
+        if (a->first < b->second && b->first < a->second) return true;
+        if (a->second < b->second) ++a;
+        else ++b;
+    }
+    return false;
+}
 
 }  // namespace
 
@@ -81,6 +95,7 @@ struct fs_pool {
     void submit(int64_t id, std::shared_ptr<Batch> batch);
     int64_t take(int64_t id, int32_t* done, int64_t max, int64_t least);
     bool error(int64_t id, fs_read_error* out);
+    void keep(int64_t id, uint8_t* kept);
     void release(int64_t id);
     void counters(int64_t out[4]);
     void stop();
@@ -159,7 +174,7 @@ void fs_pool::work(int index) {
         work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
         if (stop_) return;
         std::shared_ptr<Batch> batch = queue_.front();
-        int64_t run = batch->next++;
+        int64_t run = batch->order[size_t(batch->next++)];
         batch->in_flight++;
         if (--batch->waiting == 0) queue_.pop_front();
         lock.unlock();
@@ -226,6 +241,22 @@ bool fs_pool::error(int64_t id, fs_read_error* out) {
     return true;
 }
 
+// A request is dropped when none of its reads is kept.
+void fs_pool::keep(int64_t id, uint8_t* kept) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    auto batch = find(id);
+    if (!batch) return;
+    auto first_read = [&](int32_t run) { return kept + batch->firsts[size_t(run)]; };
+    auto last_read = [&](int32_t run) { return kept + batch->firsts[size_t(run) + 1]; };
+    auto wanted = [&](int32_t run) { return std::find(first_read(run), last_read(run), 1) != last_read(run); };
+    auto first = batch->order.begin() + batch->next, last = first + batch->waiting;
+    auto rest = std::stable_partition(first, last, wanted);
+    batch->waiting = rest - first;
+    for (auto it = batch->order.begin(); it != rest; ++it) std::fill(first_read(*it), last_read(*it), 1);
+    if (batch->waiting == 0) drop_waiting(*batch);
+    batch->changed.notify_all();
+}
+
 void fs_pool::release(int64_t id) {
     std::unique_lock<std::mutex> lock(mutex_);
     auto batch = find(id);
@@ -268,6 +299,7 @@ int64_t fs_pool_take(fs_pool* pool, int64_t batch, int32_t* done, int64_t max, i
     return pool->take(batch, done, max, least);
 }
 int32_t fs_pool_error(fs_pool* pool, int64_t batch, fs_read_error* out) { return pool->error(batch, out); }
+void fs_pool_keep(fs_pool* pool, int64_t batch, uint8_t* kept) { pool->keep(batch, kept); }
 void fs_pool_release(fs_pool* pool, int64_t batch) { pool->release(batch); }
 void fs_pool_counters(fs_pool* pool, int64_t out[4]) { pool->counters(out); }
 

@@ -1,0 +1,221 @@
+"""Reads ahead: the same bits with and without, whatever arrives, fails or is interrupted; counters that add up."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+import flashsparse
+from flashsparse import FlashReadError, UsageError, ffn, prefetch
+from flashsparse.engine import Engine
+from flashsparse.flash import Batch
+from flashsparse.prefetch import Norm, Prefetch, Switch
+from flashsparse.stats import Counters
+from tests.model.packs import make_pack
+from tests.model.predict_packs import default_layer, make_predict_pack
+
+PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 160, 20)]
+STEPS = [int(t) for t in np.random.default_rng(8).integers(3, 160, 12)]
+COPY = default_layer("gate_copy")
+
+
+@pytest.fixture(scope="module")
+def pack(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_predict_pack(tmp_path_factory.mktemp("lookahead"))
+
+
+def decode(engine: Engine) -> np.ndarray:
+    with engine.session() as session:
+        rows = [session.logits(PROMPT)[-1:]]
+        rows += [session.logits([token]) for token in STEPS]
+    return np.concatenate(rows)
+
+
+def check_tables(engine: Engine) -> None:
+    for layer in engine._ffns:
+        assert layer.table is not None and layer.lookahead is not None
+        assert layer.lookahead.pending is None
+        layer.table.check()
+
+
+@pytest.mark.parametrize(
+    ("model", "slots"),
+    [
+        ({}, 60),
+        ({}, 512),
+        ({"bits": 4}, 300),
+        ({"family": "opt"}, 300),
+        ({"selection": "topk", "layer": replace(COPY, threshold=None, k=60)}, 128),
+        ({"score": "gate"}, 300),
+        ({"tier": "exact"}, 300),
+    ],
+    ids=str,
+)
+def test_output_is_the_same_bits_with_reads_ahead(tmp_path: Path, model: dict[str, Any], slots: int) -> None:
+    path = make_pack(tmp_path, **model) if "tier" in model else make_predict_pack(tmp_path, **model)
+    results = []
+    for mode in ("off", "on", "auto"):
+        with flashsparse.load(path, slots=slots, lookahead=mode) as engine:
+            results.append(decode(engine))
+            total = engine.counters
+            if mode == "off":
+                assert total.prefetched == 0
+                continue
+            check_tables(engine)
+            assert total.prefetch_used <= total.prefetched
+            if mode == "on" and slots in (128, 300):
+                assert total.prefetch_used > 0
+    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_every_byte_is_counted_once(pack: Path) -> None:
+    with flashsparse.load(pack, slots=300, lookahead="on") as engine:
+        assert engine._pool is not None
+        before = engine._pool.counters
+        decode(engine)
+        after, total = engine._pool.counters, engine.counters
+        assert total.flash_reads == after.reads - before.reads
+        assert total.flash_bytes >= after.read_bytes - before.read_bytes
+        assert 0 < total.prefetched < total.flash_reads
+        record = engine.manifest.record.bytes
+        assert total.prefetch_wasted_bytes >= (total.prefetched - total.prefetch_used) * record
+        stats = engine.stats.to_dict()
+        assert stats["prefetch_useful"] == total.prefetch_used / total.prefetched
+        assert stats["lookahead"] == {"mode": "on", "on": True, "with_s": None, "without_s": None}
+
+
+@pytest.mark.parametrize("guess", ["nothing", "more than fits", "the wrong half"])
+def test_wrong_hints_change_no_bits(pack: Path, guess: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with flashsparse.load(pack, slots=300, lookahead="off") as engine:
+        expected = decode(engine)
+    with flashsparse.load(pack, slots=300, lookahead="on") as engine:
+        for layer in engine._ffns:
+            assert layer.lookahead is not None
+            scores = {
+                "nothing": np.full(512, np.nan, np.float32),
+                "more than fits": np.ones(512, np.float32),
+                "the wrong half": (np.arange(512) % 2).astype(np.float32),
+            }[guess]
+            monkeypatch.setattr(layer.lookahead.chooser, "guess", lambda x, scores=scores: (scores, 0.5))
+        assert np.array_equal(decode(engine), expected)
+        check_tables(engine)
+        assert (engine.counters.prefetched > 0) == (guess == "the wrong half")
+
+
+def test_a_read_ahead_that_fails_is_read_again(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with flashsparse.load(pack, slots=300, lookahead="off") as engine:
+        expected = decode(engine)
+    calls = 0
+
+    def take(ahead: prefetch.Ahead) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls % 3 == 0:
+            raise FlashReadError("as a drive does", "", 0, 0, 5)
+        return original(ahead.batch)
+
+    original = Batch.take
+    monkeypatch.setattr(prefetch.Ahead, "_done", take)
+    with flashsparse.load(pack, slots=300, lookahead="on") as engine:
+        assert np.array_equal(decode(engine), expected)
+        check_tables(engine)
+    assert calls > 10
+
+
+class Interrupt:
+    """Raises KeyboardInterrupt before the n-th line that runs in the files that read ahead, as a signal would."""
+
+    FILES = (prefetch.__file__, ffn.__file__)
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def __call__(self, frame: FrameType, event: str, _: object) -> Interrupt | None:
+        if frame.f_code.co_filename not in self.FILES:
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == 0:
+                raise KeyboardInterrupt
+        return self
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_costs_no_bits(pack: Path) -> None:
+    with flashsparse.load(pack, slots=300, lookahead="off") as engine, engine.session() as session:
+        expected = session.logits(PROMPT[:2])[-1:]
+        expected = np.concatenate([expected, *(session.logits([token]) for token in STEPS[:2])])
+    kept, after, interrupt = [], 0, Interrupt(0)
+    with flashsparse.load(pack, slots=300, lookahead="on") as engine:
+        while interrupt.left <= 0:
+            after += 7
+            interrupt = Interrupt(after)
+            with engine.session() as session:
+                session.logits(PROMPT[:2])
+                try:
+                    with interrupt:
+                        session.logits(STEPS[:1])
+                    rest = STEPS[1:2]
+                except KeyboardInterrupt as error:
+                    kept.append(error)  # its traceback keeps rounds and batches alive
+                    rest = STEPS[session.fed - 2 : 2] if session.fed > 2 else [STEPS[1]]
+                assert np.array_equal(session.logits(rest)[-1], expected[-1])
+    assert after > 100
+
+
+def test_auto_goes_by_what_tokens_cost() -> None:
+    for gain in (0.5, 2.0):
+        counters = Counters()
+        switch, seen = Switch("auto", counters), []
+        for _ in range(200):
+            on = switch.on
+            seen.append(on)
+            counters.ffn_s += gain if on else 1.0
+            counters.steps += 1
+            counters.tokens += 1
+        assert switch.on in (True, False)
+        assert switch.pays == (gain < 1)
+        assert 0.9 < np.mean(np.array(seen[20:]) == (gain < 1)) < 1  # one in 16 goes the other way
+    assert not Switch("auto", Counters()).pays
+    assert Switch("on", Counters()).on and not Switch("off", Counters()).on
+
+
+def test_prompts_are_not_compared() -> None:
+    counters = Counters()
+    switch = Switch("auto", counters)
+    for _ in range(20):
+        counters.steps, counters.tokens, counters.ffn_s = counters.steps + 1, counters.tokens + 7, counters.ffn_s + 1
+        assert switch.on in (True, False)
+    assert switch.to_dict() == {"mode": "auto", "on": False, "with_s": None, "without_s": None}
+
+
+@pytest.mark.parametrize("layer", [True, False])
+def test_the_norm_is_its_formula(layer: bool) -> None:
+    rng = np.random.default_rng(3)
+    h, weight, bias = rng.standard_normal((1, 33)), rng.standard_normal(33), rng.standard_normal(33)
+    centred = h - h.mean() if layer else h
+    expected = centred / np.sqrt((centred**2).mean() + 1e-5) * weight + bias
+    norm = Norm(weight.astype(np.float32), bias.astype(np.float32), 1e-5, layer)
+    assert np.allclose(norm(h.astype(np.float32)), expected, atol=1e-5)
+
+
+def test_layers_without_a_use_for_hints_have_none(tmp_path: Path, pack: Path) -> None:
+    with flashsparse.load(pack, lookahead="off") as engine:
+        assert not any(isinstance(layer.lookahead, Prefetch) or layer.wants_hint for layer in engine._ffns)
+    with flashsparse.load(pack, tier="dense", lookahead="on") as engine:
+        assert not any(layer.wants_hint for layer in engine._ffns)
+    with pytest.raises(UsageError, match="lookahead"):
+        flashsparse.load(pack, lookahead="maybe")
