@@ -86,17 +86,24 @@ class SlotTable:
         self._half_done = False
         self._queue = self._queue_keys = np.empty(0, np.int64)  # next victims in order, and their keys when queued
 
-    def rounds(self, ids: npt.ArrayLike) -> Iterator[Round]:
+    def rounds(self, ids: npt.ArrayLike, reserved: Reservation | None = None) -> Iterator[Round]:
         """Rounds that cover `ids` (ascending, unique) in order: one when they fit in the slots, none without ids.
 
-        What is reserved stays so: `ids` and the other reserved records must fit in the slots together (`fits`).
-        Raises ValueError for ids that are not ascending, out of range, or too many beside a reservation.
+        What is `reserved` stays so: `ids` and the other reserved records must fit in the slots together (`fits`).
+        Another reservation, left behind by an interrupt, is dropped. Raises ValueError for ids that are not ascending,
+        out of range, or too many beside a reservation.
         """
         wanted = self._validated(ids)
         self._recover()
+        if self._reserved is not reserved:
+            self._drop_reservation()
         if not self.fits(wanted):
             raise ValueError(f"{len(wanted)} records and those reserved do not fit in {self.slots} slots")
         return self._rounds(wanted)
+
+    def _drop_reservation(self) -> None:
+        if self._reserved is not None:
+            self.settle(self._reserved, np.zeros(len(self._reserved.ids), bool))
 
     def _recover(self) -> None:
         """Undo what a caller that failed left behind; its frames may keep a round's iterator alive."""
@@ -126,8 +133,7 @@ class SlotTable:
         """
         wanted = self._validated(ids)
         self._recover()
-        if self._reserved is not None:
-            self.settle(self._reserved, np.zeros(len(self._reserved.ids), bool))
+        self._drop_reservation()
         held = self._slot_of[keep]
         held = held[held >= 0]
         if len(wanted) + len(held) > self.slots or not self.absent(wanted).all():

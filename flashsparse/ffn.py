@@ -146,9 +146,10 @@ class StreamedFFN:
             self._stream(choice.ids, x, y, hidden)
             return
         ahead = None if self.lookahead is None else self.lookahead.claim(choice.ids)
+        reserved = None if ahead is None else ahead.reservation
         width = len(self.scratch.hidden) // tokens
         for start in range(0, len(choice.ids), width):
-            for round_ in self.table.rounds(choice.ids[start : start + width]):
+            for round_ in self.table.rounds(choice.ids[start : start + width], reserved):
                 self._round(round_, x, y, hidden, ahead)
         if ahead is not None and self.lookahead is not None:
             self.lookahead.finish()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from flashsparse import cache
-from flashsparse.cache import RECORD_BYTES, SLOT_BYTES, Round, SlotTable
+from flashsparse.cache import RECORD_BYTES, SLOT_BYTES, Reservation, Round, SlotTable
 
 RECORDS = 24
 requests = st.sets(st.integers(0, RECORDS - 1)).map(sorted)
@@ -125,7 +125,7 @@ class Sequences(RuleBasedStateMachine):
         self.model.reserve(new.tolist(), held.slots.tolist(), keep.tolist())
         self.table.check()
         if ask and self.table.fits(np.array(ids, np.int32)):
-            for part in self.table.rounds(ids):
+            for part in self.table.rounds(ids, held):
                 self.read(part)
                 assert set(part.ids[part.ahead].tolist()) == set(new.tolist()) & set(ids)
                 assert all(
@@ -329,9 +329,11 @@ class Interrupt:
         sys.settrace(self.before)
 
 
-def ask(table: SlotTable, slab: np.ndarray, ids: list[int], arrive: bool = True) -> None:
+def ask(
+    table: SlotTable, slab: np.ndarray, ids: list[int], arrive: bool = True, held: Reservation | None = None
+) -> None:
     """A request as the engine makes it; slab holds the record number that lies in each slot, -1 for torn bytes."""
-    for part in table.rounds(ids):
+    for part in table.rounds(ids, held):
         slab[part.slots[part.missing]] = -1
         assert slab[part.slots[~part.missing]].tolist() == part.ids[~part.missing].tolist()
         if not arrive:
@@ -350,7 +352,7 @@ def ask_ahead(table: SlotTable, slab: np.ndarray, hinted: list[int], ids: list[i
     slab[held.slots[::2]] = held.ids[::2]  # half of them arrive
     here = np.arange(len(held.ids)) % 2 == 0
     try:
-        ask(table, slab, ids, arrive)
+        ask(table, slab, ids, arrive, held)
     finally:
         here |= np.isin(held.ids, ids) & arrive
         table.settle(held, here & (slab[held.slots] == held.ids))
@@ -393,10 +395,14 @@ def test_reservations_that_make_no_sense_are_refused() -> None:
     held = table.reserve([3, 4], np.array([1], np.int32))
     assert not table.fits(np.array([1, 2, 5], np.int32))
     with pytest.raises(ValueError, match="do not fit"):
-        table.rounds([1, 2, 5])
+        table.rounds([1, 2, 5], held)
     assert table.fits(np.array([1, 2, 3, 4], np.int32))
     table.settle(held, np.array([True, False]))
     assert table.resident().tolist() == [1, 2, 3]
+    table.reserve([4, 5, 6], np.empty(0, np.int32))
+    run_all(table, [7, 8, 9, 10])  # a reservation that nobody knows of any more is dropped
+    assert table.resident().tolist() == [7, 8, 9, 10]
+    table.check()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # interrupts while iterators are closed
