@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse.flash import Batch, FlashFile, Merging, ReadPool, read_range, reads
+from flashsparse.keeping import Keeping, likely_next
 from flashsparse.prefetch import arrived_in
 from flashsparse.stats import Counters
 
@@ -143,7 +144,7 @@ class StreamedFFN:
         if self.table is None or self.dense or (tokens > 1 and len(choice.ids) > self.table.slots):
             if self.lookahead is not None:
                 self.lookahead.drop()
-            self._stream(choice.ids, x, y, hidden)
+            self._stream(choice.ids, x, y, hidden, self._keeping(choice, tokens))
             return
         ahead = None if self.lookahead is None else self.lookahead.claim(choice.ids)
         reserved = None if ahead is None else ahead.reservation
@@ -154,6 +155,12 @@ class StreamedFFN:
         if ahead is not None and self.lookahead is not None:
             self.lookahead.finish()
         self.table.end_token()
+
+    def _keeping(self, choice: Choice, tokens: int) -> Keeping | None:
+        if self.table is None or self.slab is None or self.dense:
+            return None
+        ids = likely_next(choice, tokens, self.table.slots)
+        return Keeping(self.table, self.slab, self.slot_bytes, self.flash.record_bytes, ids)
 
     def _judge(self, judging: Judging, x: np.ndarray, y: np.ndarray) -> None:
         choice = self.chooser.choose(x)
@@ -287,7 +294,9 @@ class StreamedFFN:
         self.counters.io_wait_s += time.perf_counter() - began
         return done
 
-    def _stream(self, ids: np.ndarray, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden) -> None:
+    def _stream(
+        self, ids: np.ndarray, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden, kept: Keeping | None = None
+    ) -> None:
         """Read the records `ids` in file order through two tiles: one is filled while the other is computed."""
         self.counters.misses += len(ids)
         runs = self._runs(ids, len(self.scratch.hidden) // x.shape[0])
@@ -300,10 +309,15 @@ class StreamedFFN:
                 while len(self._take(batch)):
                     pass
                 self._compute_run(run, begin, index % 2, x, y, compute_hidden)
+                if kept is not None:
+                    tile = self.scratch.tiles.buffers[index % 2].bytes
+                    kept.copy(tile, begin, self.flash.stride, run.first, run.last)
                 pending.pop(0)[0].release()
         finally:
             for batch, _ in pending:
                 batch.release()
+            if kept is not None:
+                kept.close()
 
     def _runs(self, ids: np.ndarray, width: int) -> list[Run]:
         """Cut ascending ids into stretches that fit a tile and `width`, not reading gaps longer than GAP_BYTES."""
