@@ -154,6 +154,18 @@ def test_a_zero_gate_gives_zero_whatever_the_up_row_holds() -> None:
     assert (found == 0).all()
 
 
+def test_a_hidden_value_of_zero_leaves_the_down_vector_out_for_its_token() -> None:
+    rng = np.random.default_rng(19)
+    layer = make_layer(rng, "F16", 8, 32, special=True)
+    hidden = rng.standard_normal((3, 8)).astype(np.float32)
+    hidden[0] = 0
+    hidden[1, ~np.isfinite(layer.vectors["down"]).all(axis=1)] = 0
+    y = np.array(sparse_ffn.total(run_down(layer, hidden, [0, 8])))
+    assert (y[0] == 0).all()
+    assert np.isfinite(y[1]).all()
+    assert not np.isfinite(y[2]).all()
+
+
 def test_no_records() -> None:
     rng = np.random.default_rng(14)
     layer = make_layer(rng, "F16", 0, 32)
