@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.bundles import records
+from converter.gate_copy import copy_rows
 from converter.order import published_orders
 from converter.plan import Plan
 from converter.predict import published
@@ -76,7 +77,16 @@ def _resident(checkpoint: Checkpoint, plan: Plan, found: Manifest) -> str:
     for name, source in plan.resident_sources.items():
         if not _same_row(checkpoint, plan, header, name, source):
             return f"{found.resident_path.name}: tensor {name!r} differs from the source"
+    for base, source in plan.gate_copies.items():
+        if not _same_copy(checkpoint, header, base, source):
+            return f"{found.resident_path.name}: the copy of {base!r} differs from the source"
     return ""
+
+
+def _same_copy(checkpoint: Checkpoint, header: Header, base: str, source: SourceTensor) -> bool:
+    row = source.shape[0] // 2
+    parts = copy_rows(checkpoint.rows(source, row, row + 1), source.dtype)
+    return all(read_tensor(header, f"{base}.{name}", row, 1).tobytes() == p.tobytes() for name, p in parts.items())
 
 
 def _same_row(checkpoint: Checkpoint, plan: Plan, header: Header, name: str, source: SourceTensor) -> bool:

@@ -26,8 +26,10 @@ from flashsparse.models.tensors import (
     expected_shapes,
     has_output_bias,
     record_tensors,
+    scoring_name,
     stored_as,
 )
+from flashsparse.pack.gate_copy import copy_tensors
 from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
 from flashsparse.pack.manifest import CONFIG, PREDICTOR, RESIDENT, FileEntry, Manifest, canonical_json
 from flashsparse.pack.order import ORDER, TENSOR
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
 TIERS = ("auto", "exact", "predict", "dense")
-GATES = ("full",)
+GATES = ("full", "compact")
 EMBEDDING_BITS = 8  # embeddings and head lose more than other matrices below 8 bits
 
 
@@ -82,11 +84,15 @@ class Plan:
     predictor: Fitted | None = None
     ordering: OrderOptions | None = None
     orders: Orders | None = None
+    layout: str = "full"
 
     @property
     def gate(self) -> str:
-        """Where the scoring matrix is: "full", resident, or "none", in the records."""
-        return "full" if self.tier == "exact" or (self.recipe and self.recipe.score == "gate") else "none"
+        """Where the scoring matrix is: "full", resident; "compact", in the records and a copy of it resident; "none",
+        in the records."""
+        if self.tier == "exact":
+            return self.layout
+        return "full" if self.recipe and self.recipe.score == "gate" else "none"
 
     @property
     def records(self) -> int:
@@ -133,7 +139,17 @@ class Plan:
         in_records = {
             tensor.info.name for layer in range(self.model.layers) for tensor in self.record_sources(layer).values()
         }
-        return {name: self.sources[name] for name in self.shapes if self.sources[name].info.name not in in_records}
+        resident = {name for name in self.shapes if self.sources[name].info.name not in in_records}
+        resident |= {f"{base}.bias" for base in self.gate_copies if f"{base}.bias" in self.shapes}
+        return {name: self.sources[name] for name in self.shapes if name in resident}
+
+    @cached_property
+    def gate_copies(self) -> dict[str, SourceTensor]:
+        """Base name -> source of every matrix that a compact copy is resident of."""
+        if self.gate != "compact":
+            return {}
+        family, layers = self.model.family, range(self.model.layers)
+        return {base: self.sources[f"{base}.weight"] for base in (scoring_name(family, layer) for layer in layers)}
 
     @cached_property
     def resident_tensors(self) -> Stored:
@@ -143,6 +159,8 @@ class Plan:
             quant = self.resident_quant.get(name.removesuffix(".weight"))
             matrix = can_quantize(name, source.shape)
             tensors |= stored_as(name, source.dtype, source.shape, quant if matrix else None)
+        for base, source in self.gate_copies.items():
+            tensors |= copy_tensors(base, *source.shape)
         return {name: tensors[name] for name in storage_order(tensors)}
 
     @cached_property
@@ -191,6 +209,7 @@ class Plan:
             "group-size": self.quant.group_size if self.quant else None,
             "tier": self.tier,
             "activation": vars(self.model.activation),
+            **({"gate": self.gate} if self.gate == "compact" else {}),
             **({} if self.recipe is None else self.recipe.options.choices()),
             **({} if self.ordering is None else self.ordering.choices()),
         }
@@ -219,7 +238,9 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         shapes=shapes,
         copies=tuple(checkpoint.copies()),
         ordering=options.order,
+        layout=options.gate,
     )
+    _check_gate(options, plan)
     if options.predict is not None:
         plan = _predicting(plan, options.predict, options.activation)
     _check_record_types(plan)
@@ -241,6 +262,18 @@ def _tier(asked: str, model: NormalizedModel) -> str:
             "every neuron is active; use --tier dense, or --activation if the configuration is wrong about it"
         )
     return asked if asked != "auto" else "exact" if sparse else "dense"
+
+
+def _check_gate(options: Options, plan: Plan) -> None:
+    if options.gate != "compact":
+        return
+    if plan.tier != "exact":
+        raise UsageError(f"--gate compact is a layout of tier exact, not of tier {plan.tier}; leave it out")
+    if plan.quant is not None:
+        raise UsageError(
+            f"--gate compact copies a gate of 16 bits in 12.25; with --bits {plan.quant.bits} the gate itself is "
+            "smaller: leave it out"
+        )
 
 
 def _check_tied(checkpoint: Checkpoint, embedding: SourceTensor, head: SourceTensor) -> None:

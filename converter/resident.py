@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from converter.disk import OutputFile
+from converter.gate_copy import copy_rows
 from converter.plan import Plan
 from converter.quantize import quantize_rows
 from converter.source import Checkpoint, SourceTensor
@@ -15,6 +16,7 @@ from flashsparse.pack.layout import Quant
 from flashsparse.pack.safetensors import header_bytes, shape_bytes
 
 BLOCK_BYTES = 16 << 20
+COPY_BYTES = 1 << 20  # of a gate that is copied at once: it takes some twenty times as much
 
 
 def write_resident(checkpoint: Checkpoint, plan: Plan, file: OutputFile, advance: Callable[[int], None]) -> None:
@@ -30,6 +32,8 @@ def write_resident(checkpoint: Checkpoint, plan: Plan, file: OutputFile, advance
     for name, tensor in plan.resident_tensors.items():
         offsets[name] = position
         position += shape_bytes(*tensor)
+    for base, source in plan.gate_copies.items():
+        _copy_gate(checkpoint, source, base, offsets, file, advance)
     for name, source in sorted(plan.resident_sources.items(), key=lambda item: offsets[item[0]]):
         base = name.removesuffix(".weight")
         quant = plan.resident_quant.get(base) if name.endswith(".weight") else None
@@ -63,6 +67,24 @@ def _copy_ordered(
         block = checkpoint.rows(source, begin, min(rows, begin + step))
         file.write_at(offset + begin * row_bytes, block.reshape(-1).view(np.uint8).data)
         advance(block.nbytes)
+
+
+def _copy_gate(
+    checkpoint: Checkpoint,
+    source: SourceTensor,
+    base: str,
+    offsets: dict[str, int],
+    file: OutputFile,
+    advance: Callable[[int], None],
+) -> None:
+    """Writes the parts of a compact gate."""
+    rows = source.shape[0]
+    step = max(1, rows * COPY_BYTES // source.info.nbytes)
+    for begin in range(0, rows, step):
+        parts = copy_rows(checkpoint.rows(source, begin, min(rows, begin + step)), source.dtype)
+        for name, part in parts.items():
+            file.write_at(offsets[f"{base}.{name}"] + begin * part.nbytes // len(part), part.data)
+            advance(part.nbytes)
 
 
 def _quantize(

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashsparse.cache import SlotTable
-from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Whole
+from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Searched, Whole
+from flashsparse.compact import CompactGate
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
 from flashsparse.flash import Merging
 from flashsparse.flash.curve import load_curve
-from flashsparse.models.tensors import ffn_names, ffn_norm_name
+from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
 from flashsparse.places import cache_dir
 from flashsparse.prefetch import Norm, Prefetch, Switch
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
@@ -65,7 +66,7 @@ class Assembly:
         file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
         flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride, self.merging)
         ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
-        ffn.predicts = self.tier == "predict"
+        ffn.predicts = self.tier == "predict" or m.gate == "compact"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")
         if slots:
             ffn.table = SlotTable(m.intermediate_size, slots)
@@ -93,8 +94,16 @@ class Assembly:
             return self._predicting()
         if m.gate == "none":
             return [Whole(m.intermediate_size)] * m.layers
+        if m.gate == "compact":
+            return self._searching()
         scores = np.empty((m.prefill_chunk, m.intermediate_size), np.float32)
         return [Exact(self.kernels, *self._scoring(index), scores) for index in range(m.layers)]
+
+    def _searching(self) -> list[Chooser]:
+        m = self.pack.manifest
+        mask = np.empty((m.prefill_chunk, m.intermediate_size), np.uint8)
+        gates = [scoring_name(m.family, layer) for layer in range(m.layers)]
+        return [Searched(self.kernels, CompactGate.load(self.store, gate, m.hidden_size), mask) for gate in gates]
 
     def _scoring(self, layer: int) -> tuple[Any, np.ndarray | None]:
         """The resident scoring matrix and its bias."""

@@ -1,4 +1,4 @@
-"""Which neurons a layer computes for its input: every one, the exact active set, or what a predictor names.
+"""Which neurons a layer computes for its input: every one, the exact active set or a superset, or what is predicted.
 
 Owns the tiers' decisions; scores come from the predictors, reading and computing the chosen records is the streamed
 FFN's. A token's neurons do not depend on the tokens that it is computed with.
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    from flashsparse.compact import CompactGate
     from flashsparse.kernels import Kernels
     from flashsparse.sparsity.predictors import ExactGate, Predictor
     from flashsparse.weights import Weight
@@ -91,6 +92,24 @@ class Exact:
         self.kernels.linear(self.scoring, self.bias, x, activated)
         self.kernels.activate(activated)
         return np.abs(activated[0], out=activated[0]), float(np.finfo(np.float32).smallest_subnormal)
+
+
+@dataclass
+class Searched:
+    """Every neuron that a compact copy of the scoring matrix cannot exclude; records tell which of them are active.
+
+    The result is that of the exact active set: the activation of the others is zero. `mask` [chunk, I] is scratch.
+    """
+
+    kernels: Kernels
+    gate: CompactGate
+    mask: np.ndarray
+
+    def choose(self, x: np.ndarray) -> Choice:
+        mask, ids = self.mask[: len(x)], np.empty(self.mask.shape[1], np.int32)
+        return Choice(ids[: self.kernels.candidates(self.gate, x, mask, ids)], mask=mask)
+
+    whole = choose
 
 
 @dataclass

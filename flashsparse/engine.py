@@ -314,9 +314,9 @@ class Engine:
         """Call `observer` with what each step of each layer predicted and what was true (None: stop).
 
         Every record of every layer is streamed meanwhile; results are the same bits as without. In tier exact what is
-        predicted is what is active. What judging allocates (a few arrays [T, I], compute threads, decoded tiles) is
-        outside the memory budget and is freed with it. Raises UsageError in tier dense, where nothing is predicted,
-        SessionError inside a step of this thread.
+        predicted is what is active, or with a compact gate the candidates. What judging allocates (a few arrays [T, I],
+        compute threads, decoded tiles) is outside the memory budget and is freed with it. Raises UsageError in tier
+        dense, where nothing is predicted, SessionError inside a step of this thread.
         """
         from flashsparse.judging import Judging
 

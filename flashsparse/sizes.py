@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashsparse import memory
 from flashsparse.cache import RECORD_BYTES, SLOT_BYTES
+from flashsparse.compact import search_bytes
 from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.pack.safetensors import ALIGN
 from flashsparse.sparsity.predictors import scratch_sizes
@@ -127,7 +128,8 @@ class Sizes:
         """Bytes per token of what decides which neurons are computed."""
         records = self.manifest.intermediate_size
         if self.tier != "predict":
-            return 4 * records if self.manifest.gate == "full" else 0
+            search = records + search_bytes(self.manifest.hidden_size)
+            return {"full": 4 * records, "compact": search, "none": 0}[self.manifest.gate]
         extra = scratch_sizes(self.manifest)
         return (4 + 4 * extra.wide + 2) * records + 4 * extra.middle  # and two bytes: the mask, and its opposite
 

@@ -14,12 +14,12 @@ class Counters:
     """Raw counts since the engine was loaded. Bytes are bytes transferred from flash, rounding and gaps included.
 
     `seconds` are those of whole steps: layers, language model head, sampling and text. `active` of `candidates` neurons
-    were needed by some token of a step. In tier predict `predicted` of `scored` pairs of token and neuron were
-    computed, and `fired` of them were not zero. `attention_s` (with the norms around it), `ffn_s` (with its waiting for
-    reads, `io_wait_s`) and `head_s` are parts of `seconds`; `compute_s` is what was spent inside the native kernels.
-    `hits` count records that were in their slots, or on their way there by a read ahead (`prefetch_used` of the
-    `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s` are spent on naming and
-    starting reads ahead.
+    were needed by some token of a step. In tier predict, and with a compact gate, `predicted` of `scored` pairs of
+    token and neuron were computed, and `fired` of them were not zero. `attention_s` (with the norms around it), `ffn_s`
+    (with its waiting for reads, `io_wait_s`) and `head_s` are parts of `seconds`; `compute_s` is what was spent inside
+    the native kernels. `hits` count records that were in their slots, or on their way there by a read ahead
+    (`prefetch_used` of the `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s`
+    are spent on naming and starting reads ahead.
     """
 
     tokens: int = 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse.errors import PackError
+from flashsparse.pack.safetensors import numpy_dtype
 
 if TYPE_CHECKING:
     from flashsparse.flash import Batch, FlashFile, ReadPool
@@ -26,7 +27,6 @@ ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
 HUGE_PAGE = 2 << 20
 READ_BYTES = 4 << 20
 SEGMENT_BYTES = 1 << 30
-NUMPY_TYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
 
 
 class Buffer:
@@ -169,7 +169,7 @@ class ResidentStore:
             raise PackError(f"{self._path}: tensor {name!r} is missing; convert the checkpoint again with --force")
         segment = self._segment_of[name]
         raw = segment.buffer.bytes[info.begin - segment.start : info.end - segment.start]
-        return raw.view(NUMPY_TYPES[info.dtype]).reshape(info.shape)
+        return raw.view(numpy_dtype(info.dtype)).reshape(info.shape)
 
     def weight(self, base: str) -> Weight:
         """The weight `<base>.weight`, with its scales and biases when the pack stores it quantized."""

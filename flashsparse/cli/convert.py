@@ -47,10 +47,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 )
 @click.option(
     "--gate",
-    type=click.Choice(["full"]),
+    type=click.Choice(["full", "compact"]),
     default="full",
     show_default=True,
-    help="How the scoring matrix of tier exact is kept in memory.",
+    help="How tier exact keeps the scoring matrix in memory: full, or compact: a copy of 12.25 bits (with --bits 16).",
 )
 @click.option(
     "--activation",
@@ -204,7 +204,7 @@ def summary(manifest: Manifest) -> list[str]:
     resident = sum(manifest.files[path.name].bytes for path in files if path.name in manifest.files)
     return [
         f"{manifest.path}",
-        f"tier        {manifest.tier}" + (f", gate {manifest.gate}" if manifest.gate == "full" else ""),
+        f"tier        {manifest.tier}" + ("" if manifest.gate == "none" else f", gate {manifest.gate}"),
         f"activation  {activation.name}{param} (from {origin})",
         f"weights     {codec}",
         f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",

@@ -13,6 +13,7 @@ from flashsparse.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from flashsparse.compact import CompactGate
     from flashsparse.kvcache import KVCache
     from flashsparse.pack.manifest import Manifest
     from flashsparse.weights import Weight
@@ -37,6 +38,12 @@ class Kernels(Protocol):
     def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
         """mask[T, I] (uint8) = not scores[T, I] < threshold, with k among a token's k largest (NaN first, then ties by
         number); ids [I] (int32) begins with the ascending union over tokens, whose length is returned."""
+
+    def candidates(self, gate: CompactGate, x: np.ndarray, mask: np.ndarray, ids: np.ndarray) -> int:
+        """mask[T, I] (uint8) = 0 only where the activation that `hidden` computes from a record is zero for x [T, d].
+
+        ids [I] (int32) begins with the ascending union over tokens, whose length is returned.
+        """
 
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         """out[n, cols] = the rows `ids` (int32) of weight."""

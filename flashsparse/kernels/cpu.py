@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse import native
+from flashsparse.native.compact import Compact, candidates
 
 if TYPE_CHECKING:
+    from flashsparse.compact import CompactGate
     from flashsparse.kvcache import KVCache
     from flashsparse.pack.manifest import Manifest
     from flashsparse.weights import Weight
@@ -29,6 +31,7 @@ class NativeKernels:
         self._param = manifest.activation.param or 0.0
         self._record = _record(manifest)
         self._matrices: dict[str, native.Matrix] = {}
+        self._copies: dict[str, Compact] = {}
 
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
         native.linear(self.workers, self.matrix(weight), bias, x, out)
@@ -38,6 +41,13 @@ class NativeKernels:
 
     def select(self, scores: np.ndarray, threshold: float, k: int | None, mask: np.ndarray, ids: np.ndarray) -> int:
         return native.select(scores, threshold, k, mask, ids)
+
+    def candidates(self, gate: CompactGate, x: np.ndarray, mask: np.ndarray, ids: np.ndarray) -> int:
+        copy = self._copies.get(gate.name)
+        if copy is None:
+            parts = gate.high, gate.low, gate.scales, gate.errors, gate.bias
+            copy = self._copies[gate.name] = Compact(*parts, gate.cols)
+        return candidates(self.workers, copy, x, self._activation, self._param, mask, ids)[0]
 
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         native.gather(self.matrix(weight), ids, out)

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from flashsparse.pack.layout import COPY_GROUP
 from metal_kernels.sparse_ffn import accumulate_down, activate, gated_hidden
 
 if TYPE_CHECKING:
+    from flashsparse.compact import CompactGate
     from flashsparse.kvcache import KVCache
     from flashsparse.pack.manifest import Manifest
     from flashsparse.weights import Weight
@@ -52,6 +54,15 @@ def rounded(x: np.ndarray, group_size: int) -> np.ndarray:
     return np.where(np.isfinite(step), values, np.float32(np.nan)).reshape(x.shape)
 
 
+def expanded(gate: CompactGate) -> tuple[np.ndarray, np.ndarray]:
+    """float64 values [rows, groups * 64] and scales [rows, groups] of a compact gate."""
+    scales = (gate.scales.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    low = gate.low.reshape(*scales.shape, COPY_GROUP // 2)
+    sixteenths = np.concatenate([low & 15, low >> 4], axis=2).astype(np.float64) - 8
+    numbers = gate.high.reshape(*scales.shape, COPY_GROUP) + sixteenths / 16
+    return (numbers * scales[..., None]).reshape(len(scales), -1), scales
+
+
 class ReferenceKernels:
     """Implements flashsparse.kernels.Kernels for one pack."""
 
@@ -75,6 +86,24 @@ class ReferenceKernels:
         if k is not None:
             order = np.lexsort((-scores, ~np.isnan(scores)), axis=1)  # stable: of equals the lower neuron comes first
             np.put_along_axis(mask, order[:, k:], 0, axis=1)
+        found = np.flatnonzero(mask.any(axis=0))
+        ids[: len(found)] = found
+        return len(found)
+
+    def candidates(self, gate: CompactGate, x: np.ndarray, mask: np.ndarray, ids: np.ndarray) -> int:
+        """In float64; the bound covers any order of the float32 sums, since MLX's is not known."""
+        values, scales = expanded(gate)
+        wide = np.zeros((len(x), values.shape[1]))
+        wide[:, : gate.cols] = x
+        rounding = 1.01 * (gate.cols + 8) * 2.0**-24
+        limit = 0.0 if self._param is None else self._param * (1 - 2.0**-22)
+        with np.errstate(all="ignore"):
+            norms = np.sqrt((wide.reshape(len(x), -1, COPY_GROUP) ** 2).sum(axis=2)) @ scales.T
+            score = wide @ values.T + (0 if gate.bias is None else gate.bias)
+            error = (gate.errors[:, 1] + rounding * gate.errors[:, 2].astype(np.float64)) * norms
+            overflows = ~(gate.errors[:, 2] * norms < 2.0**126)
+            mask[:] = ~(score + error * (1 + 1e-9) + 2.0**-100 * (error != 0) <= limit) | overflows
+        mask[~np.isfinite(x).all(axis=1)] = 1
         found = np.flatnonzero(mask.any(axis=0))
         ids[: len(found)] = found
         return len(found)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
+from flashsparse.pack.gate_copy import copy_tensors
 from flashsparse.pack.layout import record_layout
 from flashsparse.pack.safetensors import check_storage
 
@@ -46,6 +47,12 @@ def ffn_norm_name(family: str, config: dict[str, Any], layer: int) -> str | None
     if family != "opt":
         return f"model.layers.{layer}.post_attention_layernorm"
     return f"model.decoder.layers.{layer}.final_layer_norm" if config["do_layer_norm_before"] else None
+
+
+def scoring_name(family: str, layer: int) -> str:
+    """The base name of the matrix that tells which neurons are active: the gate, or without one OPT's fc1."""
+    names = ffn_names(family, layer)
+    return names.gate or names.up
 
 
 def embedding_name(family: str) -> str:
@@ -151,6 +158,17 @@ def resident_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def copied_gate(manifest: Manifest) -> Stored:
+    """Name -> (type, shape) of what is resident of scoring matrices that records hold too: in gate layout compact."""
+    tensors: Stored = {}
+    for layer in range(manifest.layers if manifest.gate == "compact" else 0):
+        base = scoring_name(manifest.family, layer)
+        tensors |= copy_tensors(base, manifest.intermediate_size, manifest.hidden_size)
+        if manifest.shape.gate_bias:
+            tensors[f"{base}.bias"] = (manifest.source_dtype, (manifest.intermediate_size,))
+    return tensors
+
+
 def check_resident(manifest: Manifest, header: Header) -> None:
     """Checks names, types, shapes and order in the resident file, and what records hold, against the configuration.
 
@@ -164,6 +182,7 @@ def check_resident(manifest: Manifest, header: Header) -> None:
     for name, shape in plain.items():
         quant = manifest.resident_quant.get(name.removesuffix(".weight")) if can_quantize(name, shape) else None
         expected |= stored_as(name, manifest.source_dtype, shape, quant)
+    expected |= copied_gate(manifest)
     found = header.tensors
     for name, (dtype, shape) in expected.items():
         if name not in found:
@@ -203,8 +222,7 @@ def _check_quantized(manifest: Manifest, plain: Mapping[str, tuple[int, ...]]) -
         if shape[1] % quant.group_size:
             raise PackError(f"{where}.{base}: found groups of {quant.group_size}, expected a divisor of {shape[1]}")
     for layer in range(manifest.layers if manifest.gate == "full" else 0):
-        names = ffn_names(manifest.family, layer)
-        base = names.gate or names.up
+        base = scoring_name(manifest.family, layer)
         if manifest.resident_quant.get(base) != manifest.quant:
             raise PackError(
                 f"{where}.{base}: found {manifest.resident_quant.get(base)}, expected {manifest.quant} as records have"

@@ -32,6 +32,20 @@ class CMatrix(ctypes.Structure):
     ]
 
 
+class CCompact(ctypes.Structure):
+    """fs_compact."""
+
+    _fields_ = [
+        ("high", c_void_p),
+        ("low", c_void_p),
+        ("scales", c_void_p),
+        ("errors", c_void_p),
+        ("bias", c_void_p),
+        ("rows", c_int64),
+        ("cols", c_int64),
+    ]
+
+
 class CRecord(ctypes.Structure):
     """fs_record."""
 
@@ -73,6 +87,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_active": (c_int64, [c_void_p, c_int64, c_int64, c_void_p]),
     "fs_select": (c_int64, [c_void_p, c_int64, c_int64, c_float, c_void_p, c_void_p]),
     "fs_select_topk": (c_int64, [c_void_p, c_int64, c_int64, c_int64, c_float, c_void_p, c_void_p]),
+    "fs_candidates": (
+        c_int64,
+        [c_void_p, POINTER(CCompact), c_void_p, c_int64, c_int32, c_float, c_void_p, c_void_p, POINTER(c_int64)],
+    ),
     "fs_ffn_hidden": (
         None,
         [c_void_p, POINTER(CRecord)]

@@ -215,7 +215,8 @@ def _bytes(manifest: Manifest, header: Header) -> dict[str, int]:
 
 
 def _parameters(manifest: Manifest, header: Header, predictor: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    shapes = {name: info.shape for name, info in header.tensors.items()}
+    copied = {name.removesuffix(".high") for name in header.tensors if name.endswith(".high")}  # records hold these too
+    shapes = {name: t.shape for name, t in header.tensors.items() if name.rpartition(".")[0] not in copied}
     counts = count_parameters(
         shapes,
         manifest.resident_quant,

@@ -13,6 +13,7 @@ from flashsparse.pack.safetensors import ALIGN, ITEM_BYTES
 
 BLOCK_BYTES = 4 << 20
 RECORD_ALIGN = 64
+COPY_GROUP = 64  # columns of a compact gate that share a scale
 FIELD_NAMES = ("gate", "gate_bias", "up", "up_bias", "down")
 
 
@@ -84,7 +85,8 @@ def record_layout(
     """The layout of every record of a pack.
 
     `layout` is the manifest's `gate`, by default that of the tier: with "full" (tier `exact`, and `predict` when the
-    score is the exact gate) the scoring matrix and its bias are resident, so not here. Each field starts at a multiple
+    score is the exact gate) the scoring matrix and its bias are resident, so not here; "compact" and "none" have all
+    of a neuron. Each field starts at a multiple
     of 4 bytes, the stride is a multiple of 64.
     """
     scored = (layout or ("full" if tier == "exact" else "none")) == "full"

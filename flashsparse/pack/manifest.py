@@ -44,7 +44,7 @@ RESIDENT = "resident.safetensors"
 PREDICTOR = "predictor.safetensors"
 FAMILIES = ("llama", "opt")
 TIERS = ("exact", "predict", "dense")
-GATES = ("full", "none")
+GATES = ("full", "compact", "none")
 ACTIVATIONS = ("silu", "relu", "relu2", "fatrelu", "drelu")
 SOURCES = ("config", "option")
 SOURCE_DTYPES = ("F32", "F16", "BF16")
@@ -328,9 +328,12 @@ def _check_consistent(node: Node, m: Manifest) -> None:
     if (m.predictor is not None) != (m.tier == "predict"):
         expected_spec = "an object" if m.tier == "predict" else "null"
         node.fail("predictor", m.predictor, f"{expected_spec} in tier {m.tier!r}")
-    gate = "full" if m.tier == "exact" or (m.predictor and m.predictor.score == "gate") else "none"
-    if m.gate != gate:
-        node.fail("gate", m.gate, f"{gate!r} in tier {m.tier!r}")
+    resident = m.tier == "exact" or (m.predictor and m.predictor.score == "gate")
+    if (m.gate == "none") == bool(resident) or (m.gate == "compact" and m.tier != "exact"):
+        gates = "'full' or 'compact'" if m.tier == "exact" else "'full'" if resident else "'none'"
+        node.fail("gate", m.gate, f"{gates} in tier {m.tier!r}")
+    if m.gate == "compact" and m.quant is not None:
+        node.fail("quant", m.quant, "null where gate is 'compact'")
     if m.gated != (m.family == "llama"):
         node.fail("gated", m.gated, f"{m.family == 'llama'} for family {m.family!r}")
     if m.activation.name == "silu" and m.tier == "exact":

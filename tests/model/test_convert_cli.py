@@ -76,7 +76,8 @@ def test_options(source: Path, tmp_path: Path) -> None:
     ("options", "code", "words"),
     [
         (["--bits", "5"], 2, "--bits"),
-        (["--gate", "compact"], 2, "--gate"),
+        (["--gate", "small"], 2, "--gate"),
+        (["--gate", "compact", "--bits", "4"], 2, "the gate itself is smaller"),
         (["--bits", "4", "--group-size", "128"], 2, "128 does not divide hidden_size"),
         (["--activation", "gelu"], 2, "gelu"),
         (["--activation", "silu", "--tier", "exact"], 1, "exact zeros"),

@@ -249,7 +249,7 @@ def test_opt_without_prefix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bits": 5}, {"group_size": 16}, {"tier": "sparse"}, {"gate": "compact"}, {"activation": "gelu"}]
+    "options", [{"bits": 5}, {"group_size": 16}, {"tier": "sparse"}, {"gate": "small"}, {"activation": "gelu"}]
 )
 def test_options(single: Path, options: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=str(next(iter(options.values())))):

@@ -15,10 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsparse.errors import DamagedPackError, PackError
+from flashsparse.models.tensors import check_resident
+from flashsparse.pack.gate_copy import copy_tensors
 from flashsparse.pack.layout import Field, FileDigest, Quant, block_records, record_layout, resident_digest
 from flashsparse.pack.manifest import Manifest, canonical_json, read_manifest
+from flashsparse.pack.safetensors import read_header
 from flashsparse.pack.verify import verify
-from tests.unit.tiny_pack import write_pack
+from tests.unit.tiny_pack import llama_tensors, write_pack
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -66,6 +69,48 @@ def test_golden_pack(pack: Manifest) -> None:
     assert resident[:8] == struct.pack("<Q", 16376)
     start = b'{"lm_head.weight":{"dtype":"F16","shape":[10,8],"data_offsets":[0,160]},"model.embed_tokens.weight":'
     assert resident[8:].startswith(start)
+
+
+def test_golden_compact_pack(tmp_path: Path) -> None:
+    """With a compact gate: whole records, and the copy's tensors in the order of the resident file."""
+    pack = write_pack(tmp_path / "pack", compact=True)
+    assert (pack.path / "pack.json").read_text() == (GOLDEN / "compact.json").read_text()
+    assert verify(pack.path) == []
+    assert Manifest.load(pack.path) == pack
+    found = pack.flash_header(0).tensors["records"].shape, pack.record.bytes
+    assert found == ((6, 64), 48)
+    header = read_header(pack.resident_path, PackError)
+    check_resident(pack, header)
+    gate = "model.layers.0.mlp.gate_proj."
+    copy = {n.removeprefix(gate): (t.dtype, t.shape) for n, t in header.tensors.items() if n.startswith(gate)}
+    assert list(copy.items()) == [
+        ("errors", ("F32", (6, 3))),
+        ("scales", ("BF16", (6, 1))),
+        ("high", ("I8", (6, 64))),
+        ("low", ("U8", (6, 32))),
+    ]
+
+
+def test_compact_gates_are_of_unquantized_packs_of_tier_exact(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path / "pack", compact=True)
+    edit(pack, lambda body: put(body, "tier", "dense"))
+    refused(pack, "gate: found 'compact', expected 'none' in tier 'dense'")
+    pack = write_pack(tmp_path / "quantized", compact=True, quant=Quant(4, 64), hidden_size=64)
+    refused(pack, "quant: found", "null where gate is 'compact'")
+
+
+@pytest.mark.parametrize("part", ["high", "low", "scales", "errors"])
+def test_a_compact_gate_has_all_of_its_parts(tmp_path: Path, part: str) -> None:
+    tensors = llama_tensors(8, 6, 2, 10, 8, gate=False)
+    for layer in range(2):
+        tensors |= copy_tensors(f"model.layers.{layer}.mlp.gate_proj", 6, 8)
+    name = f"model.layers.1.mlp.gate_proj.{part}"
+    missing = {key: value for key, value in tensors.items() if key != name}
+    other = {**tensors, name: (tensors[name][0], (7, *tensors[name][1][1:]))}
+    for index, (held, words) in enumerate(((missing, "missing, expected"), (other, "found"))):
+        pack = write_pack(tmp_path / f"pack{index}", held, compact=True)
+        with pytest.raises(PackError, match=f"{name}': {words}"):
+            check_resident(pack, read_header(pack.resident_path, PackError))
 
 
 def test_golden_manifest_is_read() -> None:
@@ -137,8 +182,9 @@ def test_7b_record_matches_arithmetic() -> None:
         ("version", "1", "version: found '1'"),
         ("family", "mamba", "family: found 'mamba', expected one of llama, opt"),
         ("tier", "sparse", "tier: found 'sparse', expected one of exact, predict, dense"),
-        ("gate", "compact", "gate: found 'compact'"),
-        ("gate", "none", "'full' in tier 'exact'"),
+        ("gate", "small", "gate: found 'small', expected one of full, compact, none"),
+        ("gate", "compact", "record: found"),
+        ("gate", "none", "'full' or 'compact' in tier 'exact'"),
         ("gated", False, "gated: found False"),
         ("gated", 1, "gated: found 1"),
         ("activation/name", "gelu", "activation.name: found 'gelu'"),

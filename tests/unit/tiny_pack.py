@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsparse.models.config import normalize_config
+from flashsparse.pack.gate_copy import copy_tensors
 from flashsparse.pack.layout import (
     FileDigest,
     FileEntry,
@@ -59,21 +60,25 @@ def write_pack(
     tensors: Shapes | None = None,
     quant: Quant | None = None,
     predictor: PredictorSpec | None = None,
+    compact: bool = False,
     **changes: Any,
 ) -> Manifest:
     """Writes a pack for RAW with `changes`, of tier exact or, with a `predictor`, of tier predict.
 
-    `tensors` replaces the resident ones.
+    `tensors` replaces the resident ones. `compact`: the gate layout of tier exact.
     """
     path.mkdir(parents=True, exist_ok=True)
     activation = changes.pop("activation", None)
     tier = "exact" if predictor is None else "predict"
-    gate = "full" if predictor is None or predictor.score == "gate" else "none"
+    gate = "compact" if compact else "full" if predictor is None or predictor.score == "gate" else "none"
     model = normalize_config(RAW | changes, activation)
     if tensors is None:
         kv = model.kv_heads * model.head_dim
         shape = (model.hidden_size, model.intermediate_size, model.layers, model.vocab_size, kv)
         tensors = llama_tensors(*shape, gate=gate == "full")
+        for layer in range(model.layers if compact else 0):
+            base = f"model.layers.{layer}.mlp.gate_proj"
+            tensors |= copy_tensors(base, model.intermediate_size, model.hidden_size)
     tensors = {name: tensors[name] for name in storage_order(tensors)}
     record = record_layout(True, tier, model.hidden_size, "F16", quant, layout=gate)
     files = {

@@ -30,6 +30,19 @@ typedef struct {
     int32_t dtype, scale_dtype, group_size, reserved;
 } fs_matrix;
 
+// A copy of a matrix in 8 + 4 bits, groups of 64 columns (the last one filled up with zeros): value = scale * (high +
+// (low - 8) / 16). high [rows, groups, 64]; low [rows, groups, 32], byte i of columns i (low half) and 32 + i; scales
+// bf16 [rows, groups]. errors [rows, 3], each times a group's scale: at least the norm of what high alone, and what both
+// leave of a group's weights, and of the weights and of either copy of them. Infinite where a row has no copy. bias: NULL
+// or [rows].
+typedef struct {
+    const int8_t* high;
+    const uint8_t* low;
+    const uint16_t* scales;
+    const float *errors, *bias;
+    int64_t rows, cols;
+} fs_compact;
+
 // Byte offsets of the fields inside a record, -1 where absent. A quantized vector is words, scales, biases back to back.
 typedef struct {
     int64_t gate, gate_bias, up, up_bias, down;
@@ -76,6 +89,13 @@ FS_API int64_t fs_select(const float* scores, int64_t T, int64_t I, float thresh
 // The same among each token's k >= 1 largest scores: NaN counts as the largest, and of equals the lower neuron comes first.
 FS_API int64_t fs_select_topk(const float* scores, int64_t T, int64_t I, int64_t k, float threshold, uint8_t* mask,
                               int32_t* ids);
+
+// mask[t, i] = 1 where row i may be active for token t, 0 only where the gate that fs_linear or fs_ffn_hidden computes from
+// the row provably has an activation of zero (not silu). All ones for a token with NaN or Inf. Depends on row and token only,
+// not on the variant. ids (room for rows): the ascending rows that some token may need; returns how many. refined: NULL,
+// or how many (row, token) pairs the low bits were needed for.
+FS_API int64_t fs_candidates(fs_workers*, const fs_compact*, const float* x, int64_t T, int32_t activation, float param,
+                             uint8_t* mask, int32_t* ids, int64_t* refined);
 
 // hidden[t, cols[j]] = the intermediate value of neuron ids[j], whose record begins at base + offsets[j].
 // activated[T, I] holds activated gates; NULL: they are computed from the record's gate row (non-gated: up row).
