@@ -24,6 +24,11 @@ _GROUPS = (32, 64, 128)
 _CACHE_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(np.uint16)}
 
 
+def bits(dtype: str) -> int:
+    """Bits of one stored value of a type of DTYPES, without scales and biases."""
+    return _BITS.get(DTYPES[dtype], 32 if dtype == "F32" else 16)
+
+
 class Workers:
     """Compute threads, the caller's among them. One call at a time uses them; use as a context manager or close().
 
@@ -179,6 +184,16 @@ def _check_below(numbers: np.ndarray, limit: int, name: str) -> None:
 def _check_product(matrix: Matrix) -> None:
     if matrix.c.dtype in _LOW:
         raise ValueError(f"a {_BITS[matrix.c.dtype]}-bit matrix can only be scored with")
+
+
+def memory_read(workers: Workers, buffer: np.ndarray) -> int:
+    """The exclusive or of a buffer's 64-bit words (a multiple of 256 bytes), read in order on all threads.
+
+    What only reads cannot be faster: the ceiling of every kernel.
+    """
+    if buffer.nbytes % 256 or not buffer.flags.c_contiguous:
+        raise ValueError(f"expected a contiguous buffer of a multiple of 256 bytes, found {buffer.nbytes}")
+    return int(lib().fs_memory_read(workers.handle, buffer.ctypes.data, buffer.nbytes))
 
 
 def linear(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from importlib import resources
 from typing import Any
 
@@ -78,6 +78,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_workers_create": (c_void_p, [c_int32]),
     "fs_workers_stop": (None, [c_void_p]),
     "fs_workers_destroy": (None, [c_void_p]),
+    "fs_memory_read": (c_uint64, [c_void_p, c_void_p, c_int64]),
     "fs_linear": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_score": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_gather": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),

@@ -95,6 +95,13 @@ fs_workers* fs_workers_create(int32_t threads) {
 void fs_workers_stop(fs_workers* workers) { workers->stop(); }
 void fs_workers_destroy(fs_workers* workers) { delete workers; }
 
+uint64_t fs_memory_read(fs_workers* workers, const void* buffer, int64_t bytes) {
+    uint64_t total = 0;
+    Reading job{(const uint8_t*)buffer, bytes, int64_t(1) << 20, &total};
+    workers->run(chosen().load()->read, &job, pieces(bytes, job.block_bytes), 0);
+    return total;
+}
+
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
     Timed timed;
     if (n_tokens <= 0) return;

@@ -61,6 +61,10 @@ FS_API fs_workers* fs_workers_create(int32_t threads);
 FS_API void fs_workers_stop(fs_workers*);     // waits for the call in progress, ends the threads; later calls work alone
 FS_API void fs_workers_destroy(fs_workers*);  // stops it; no call may be inside
 
+// Reads every byte of a buffer once, in order, on all threads, and returns the exclusive or of its words: what a kernel
+// that only reads would reach. bytes: a multiple of 256.
+FS_API uint64_t fs_memory_read(fs_workers*, const void* buffer, int64_t bytes);
+
 // y[T, rows] = x[T, cols] W^T + bias. Each value's bits depend on its row, its token and the variant only.
 FS_API void fs_linear(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y);
 // out[T, rows] = x[T, cols] W^T + bias for W of Q1 to Q4, x rounded to int8 per group: step = max |x| / 127, half to even.

@@ -310,6 +310,24 @@ void down(const void* context, int64_t task, float* scratch) {
     });
 }
 
+// --- read: one task is a block of a buffer ---------------------------------------------------------------------
+
+void read(const void* context, int64_t task, float*) {
+    typedef uint64_t Words __attribute__((vector_size(32)));
+    const Reading& job = *(const Reading*)context;
+    const uint8_t* p = job.buffer + task * job.block_bytes;
+    const uint8_t* end = job.buffer + least((task + 1) * job.block_bytes, job.bytes);
+    Words sums[8] = {};
+    for (; p < end; p += sizeof sums)
+        for (int i = 0; i < 8; i++) {
+            Words words;
+            memcpy(&words, p + i * 32, 32);
+            sums[i] ^= words;
+        }
+    for (int i = 1; i < 8; i++) sums[0] ^= sums[i];
+    __atomic_fetch_xor(job.total, sums[0][0] ^ sums[0][1] ^ sums[0][2] ^ sums[0][3], __ATOMIC_RELAXED);
+}
+
 // --- rows in and out --------------------------------------------------------------------------------------------
 
 void decode(const Format& f, const void* data, const void* scales, const void* biases, float* out) {
@@ -336,7 +354,7 @@ void encode(const float* values, int64_t n, int32_t dtype, void* out) {
 }  // namespace
 
 #if defined(FS_AVX2)
-const fs::Kernels fs::avx2_kernels = {"avx2", linear, hidden, down, attention, score, score_input, decode, encode};
+const fs::Kernels fs::avx2_kernels = {"avx2", linear, hidden, down, attention, score, score_input, read, decode, encode};
 #else
-const fs::Kernels fs::portable_kernels = {"portable", linear, hidden, down, attention, score, score_input, decode, encode};
+const fs::Kernels fs::portable_kernels = {"portable", linear, hidden, down, attention, score, score_input, read, decode, encode};
 #endif

@@ -70,6 +70,13 @@ struct Attention {
     float* out;
 };
 
+// A buffer's exclusive or, block by block; the blocks' are joined in `total`, atomically.
+struct Reading {
+    const uint8_t* buffer;
+    int64_t bytes, block_bytes;
+    uint64_t* total;
+};
+
 constexpr int kRowBlock = 8;     // rows or records decoded together when several tokens use them
 constexpr int kKeyBlock = 4;     // keys or values decoded together
 constexpr int kQueryBlock = 8;   // query rows (tokens times heads of one key head) of an attention task
@@ -82,6 +89,7 @@ struct Kernels {
     void (*attention)(const void* job, int64_t task, float* scratch);  // scratch: kQueryBlock * span + kKeyBlock * columns
     void (*score)(const void* job, int64_t task, float* scratch);      // scratch: none
     void (*score_input)(const Format&, const float* x, int8_t* q, float* steps, float* sums);  // outputs come as zeros
+    void (*read)(const void* job, int64_t task, float* scratch);       // scratch: none
     void (*decode)(const Format&, const void* data, const void* scales, const void* biases, float* out);
     void (*encode)(const float* values, int64_t n, int32_t dtype, void* out);
 };
