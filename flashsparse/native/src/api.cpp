@@ -48,6 +48,35 @@ int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; 
 int64_t round_up(int64_t n, int64_t multiple) { return pieces(n, multiple) * multiple; }
 int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
 
+// A block of tokens in fixed point, for quantized weights; nothing for others. Holds what `of` returns.
+class FixedBlock {
+  public:
+    FixedBlock(const Format& format, int64_t tokens) : format_(format) {
+        if (!format.group) return;
+        groups_ = round_up(format.columns / format.group, 8), bytes_ = chosen().load()->fixed_bytes(format);
+        digits_.resize(size_t(tokens * groups_ * bytes_));
+        parts_.resize(size_t(2 * tokens * groups_));
+    }
+
+    Fixed of(const float* x, int64_t tokens) {
+        if (!format_.group) return {};
+        float *steps = parts_.data(), *sums = steps + int64_t(parts_.size() / 2);
+        for (int64_t t = 0; t < tokens; t++)
+            chosen().load()->fix(format_, x + t * format_.columns, digits_.data() + t * groups_ * bytes_,
+                                 steps + t * groups_, sums + t * groups_);
+        return {digits_.data(), steps, sums, groups_};
+    }
+
+  private:
+    Format format_;
+    int64_t groups_ = 0, bytes_ = 0;
+    std::vector<int8_t> digits_;
+    std::vector<float> parts_;
+};
+
+// Tokens that a call works on at once: all, or as many as are held in fixed point.
+int64_t token_block(const Format& f, int64_t tokens) { return f.group ? between(1, tokens, kFixedTokens) : tokens; }
+
 constexpr int64_t kScoreTokens = 16;  // tokens that share a pass over a low-bit matrix; bounds their integer copies
 
 // Waking a thread costs some microseconds: products smaller than this run on the caller.
@@ -56,7 +85,7 @@ bool small(int64_t rows, int64_t columns, int64_t tokens) { return rows * column
 // About 64 KiB of weights a task for one token, so that threads share the work evenly; row blocks for many tokens.
 int64_t rows_per_task(const Format& f, int64_t rows, int64_t tokens) {
     if (small(rows, f.columns, tokens)) return rows > 0 ? rows : 1;
-    if (tokens > 1) return kRowBlock;
+    if (tokens > 1) return kPanel;
     return round_up(between(4, 65536 / (f.data_bytes + 1), 1024), 4);
 }
 
@@ -105,9 +134,16 @@ uint64_t fs_memory_read(fs_workers* workers, const void* buffer, int64_t bytes) 
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
     Timed timed;
     if (n_tokens <= 0) return;
-    Linear job{w, format_of(*w), bias, x, n_tokens, 0, y};
-    job.rows_per_task = rows_per_task(job.format, w->rows, n_tokens);
-    workers->run(chosen().load()->linear, &job, pieces(w->rows, job.rows_per_task), size_t(kRowBlock * w->cols));
+    Format format = format_of(*w);
+    int64_t block = token_block(format, n_tokens);
+    FixedBlock fixed(format, block);
+    for (int64_t token = 0; token < n_tokens; token += block) {
+        int64_t tokens = between(1, n_tokens - token, block);
+        const float* some = x + token * w->cols;
+        Linear job{w, format, bias, some, tokens, rows_per_task(format, w->rows, tokens), y + token * w->rows, fixed.of(some, tokens)};
+        size_t scratch = tokens > 1 ? kPanelScratch : 0;
+        workers->run(chosen().load()->linear, &job, pieces(w->rows, job.rows_per_task), scratch);
+    }
 }
 
 void fs_score(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t T, float* out) {
@@ -191,8 +227,17 @@ void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* 
                    const float* activated, const uint8_t* mask, int64_t I, float* hidden, int64_t ldh) {
     Timed timed;
     if (T <= 0) return;
-    Hidden job{record, format_of(*record), base, offsets, ids, cols, n, x, T, activated, mask, I, hidden, ldh};
-    workers->run(chosen().load()->hidden, &job, pieces(n, kRowBlock), size_t(2 * kRowBlock * record->d));
+    Format format = format_of(*record);
+    int64_t block = token_block(format, T);
+    FixedBlock fixed(format, block);
+    for (int64_t token = 0; token < T; token += block) {
+        int64_t tokens = between(1, T - token, block), at = token * I;
+        const float* some = x + token * record->d;
+        Hidden job{record, format, base, offsets, ids, cols, n, some, tokens, activated ? activated + at : nullptr,
+                   mask ? mask + at : nullptr, I, hidden + token * ldh, ldh, fixed.of(some, tokens)};
+        size_t scratch = tokens > 1 && !format.group ? size_t(2 * kRowBlock * record->d) : 0;
+        workers->run(chosen().load()->hidden, &job, pieces(n, kRowBlock), scratch);
+    }
 }
 
 void fs_ffn_down(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,

@@ -40,10 +40,55 @@ Queries queries_of(const Attention& job, int64_t task, float* scratch) {
 inline void decode_keys(const Attention& job, const uint8_t* from, int64_t kv_head, int64_t first, int count, float* rows) {
     int64_t n = job.format.columns;
     const uint8_t* p = from + (kv_head * job.capacity + first) * job.format.data_bytes;
-    with_row(job.format.dtype, [&](auto type) {
+    with_float(job.format.dtype, [&](auto type) {
         for (int k = 0; k < count; k++)
             decode_row(field<decltype(type)>(job.format, p + k * job.format.data_bytes), n, most(n, 16), rows + k * n);
     });
+}
+
+// One query: its keys and values are used as they are stored, in order. `ahead`: keys or values this much later.
+constexpr int kAlone = 8;
+
+template <class Row>
+inline void stored_rows(const Attention& job, const uint8_t* from, int64_t kv_head, int64_t first, Row* rows, const uint8_t** ahead) {
+    const uint8_t* p = from + (kv_head * job.capacity + first) * job.format.data_bytes;
+    for (int k = 0; k < kAlone; k++) {
+        rows[k] = field<Row>(job.format, p + k * job.format.data_bytes);
+        ahead[k] = p + (k + 2 * kAlone) * job.format.data_bytes;
+    }
+}
+
+template <class Row>
+void score_alone(const Attention& job, const Queries& all_of) {
+    int64_t n = job.format.columns, low = all_of.low[0], count = all_of.high[0] - low + 1, i = 0;
+    float* scores = all_of.scores[0];
+    Row rows[kAlone];
+    const uint8_t* ahead[kAlone];
+    for (; i + kAlone <= count; i += kAlone) {
+        stored_rows(job, job.k, all_of.kv_head, low + i, rows, ahead);
+        for (int half = 0; half < kAlone; half += 4) dots<4, 1>(rows + half, all_of.q, n, scores + i + half, ahead + half);
+    }
+    for (; i < count; i++) {
+        Row row = field<Row>(job.format, job.k + (all_of.kv_head * job.capacity + low + i) * job.format.data_bytes);
+        dots<1, 1>(&row, all_of.q, n, scores + i);
+    }
+    for (i = 0; i < count; i++) scores[i] *= job.scale;
+}
+
+template <class Row>
+void sum_alone(const Attention& job, const Queries& all_of) {
+    int64_t n = job.format.columns, low = all_of.low[0], count = all_of.high[0] - low + 1, i = 0;
+    const float* weights = all_of.scores[0];
+    Row rows[kAlone];
+    const uint8_t* ahead[kAlone];
+    for (; i + kAlone <= count; i += kAlone) {
+        stored_rows(job, job.v, all_of.kv_head, low + i, rows, ahead);
+        weighted<kAlone>(rows, weights + i, n, most(n, 16), all_of.out[0], ahead);
+    }
+    for (; i < count; i++) {
+        Row row = field<Row>(job.format, job.v + (all_of.kv_head * job.capacity + low + i) * job.format.data_bytes);
+        weighted<1>(&row, weights + i, n, most(n, 16), all_of.out[0]);
+    }
 }
 
 void score_keys(const Attention& job, const Queries& all_of, float* rows) {
@@ -60,8 +105,8 @@ void score_keys(const Attention& job, const Queries& all_of, float* rows) {
             float out[4];
             for (; i < end; i += 4) {
                 int count = end - i < 4 ? end - i : 4;
-                if (count == 4) dots<1, 4>(&row, all_of.q + i, n, most(n, 16), out);
-                else for (int c = 0; c < count; c++) dots<1, 1>(&row, all_of.q + i + c, n, most(n, 16), out + c);
+                if (count == 4) dots<1, 4>(&row, all_of.q + i, n, out);
+                else for (int c = 0; c < count; c++) dots<1, 1>(&row, all_of.q + i + c, n, out + c);
                 for (int c = 0; c < count; c++) all_of.scores[i + c][key - all_of.low[i + c]] = out[c] * job.scale;
             }
         }
@@ -110,12 +155,15 @@ void attention(const void* context, int64_t task, float* scratch) {
     float* rows = scratch;
     Queries all_of = queries_of(job, task, scratch + kKeyBlock * job.format.columns);
     float sums[kQueryBlock];
-    score_keys(job, all_of, rows);
+    bool alone = all_of.count == 1;
+    if (alone) with_float(job.format.dtype, [&](auto type) { score_alone<decltype(type)>(job, all_of); });
+    else score_keys(job, all_of, rows);
     for (int i = 0; i < all_of.count; i++) {
         sums[i] = softmax(all_of.scores[i], all_of.high[i] - all_of.low[i] + 1);
         memset(all_of.out[i], 0, size_t(job.format.columns) * 4);
     }
-    sum_values(job, all_of, rows);
+    if (alone) with_float(job.format.dtype, [&](auto type) { sum_alone<decltype(type)>(job, all_of); });
+    else sum_values(job, all_of, rows);
     for (int i = 0; i < all_of.count; i++)
         for (int64_t k = 0; k < job.format.columns; k++) all_of.out[i][k] /= sums[i];
 }

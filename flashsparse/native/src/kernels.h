@@ -12,12 +12,21 @@ struct Format {
     int64_t data_bytes, scale_bytes;
 };
 
+// Tokens in fixed point (fixed.h), each of `groups` groups, padded with zeros to a multiple of eight: digits in the
+// variant's order, steps and sums one a group.
+struct Fixed {
+    const int8_t* digits;
+    const float *steps, *sums;
+    int64_t groups;
+};
+
 struct Linear {
     const fs_matrix* w;
     Format format;
     const float *bias, *x;
     int64_t tokens, rows_per_task;
     float* y;
+    Fixed fixed;  // x again, for quantized matrices
 };
 
 // A block of tokens as integers: q [tokens, groups * group size] in the variant's order, steps and sums [tokens, groups];
@@ -46,6 +55,7 @@ struct Hidden {
     int64_t neurons;
     float* hidden;
     int64_t ldh;
+    Fixed fixed;  // x again, for quantized records
 };
 
 struct Down {
@@ -77,18 +87,24 @@ struct Reading {
     uint64_t* total;
 };
 
-constexpr int kRowBlock = 8;     // rows or records decoded together when several tokens use them
+constexpr int kRowBlock = 8;     // records, or quantized rows, that several tokens use together
+constexpr int kPanel = 24;       // rows decoded together for many tokens, by chunks of columns
+constexpr int kChunk = 512;
+constexpr int kFixedTokens = 32; // tokens held in fixed point together
+constexpr int kPanelScratch = kPanel * kChunk + kPanel * kFixedTokens * 8 + 8;
 constexpr int kKeyBlock = 4;     // keys or values decoded together
 constexpr int kQueryBlock = 8;   // query rows (tokens times heads of one key head) of an attention task
 
 struct Kernels {
     const char* name;
-    void (*linear)(const void* job, int64_t task, float* scratch);     // scratch: kRowBlock * columns
+    void (*linear)(const void* job, int64_t task, float* scratch);     // scratch: kPanelScratch
     void (*hidden)(const void* job, int64_t task, float* scratch);     // scratch: 2 * kRowBlock * columns
     void (*down)(const void* job, int64_t task, float* scratch);       // scratch: kRowBlock * columns_per_task
     void (*attention)(const void* job, int64_t task, float* scratch);  // scratch: kQueryBlock * span + kKeyBlock * columns
     void (*score)(const void* job, int64_t task, float* scratch);      // scratch: none
     void (*score_input)(const Format&, const float* x, int8_t* q, float* steps, float* sums);  // outputs come as zeros
+    int64_t (*fixed_bytes)(const Format&);  // of one group's digits
+    void (*fix)(const Format&, const float* x, int8_t* digits, float* steps, float* sums);
     void (*read)(const void* job, int64_t task, float* scratch);       // scratch: none
     void (*decode)(const Format&, const void* data, const void* scales, const void* biases, float* out);
     void (*encode)(const float* values, int64_t n, int32_t dtype, void* out);

@@ -1,6 +1,6 @@
 // Stored vectors as eight-lane sources, and the two loops over them: dot products and weighted sums.
-// A dot product's order depends on its length only: two accumulators of eight lanes over steps of 16 columns, the rest
-// padded with zeros, one fixed final sum. It is the same whether one row or token is worked on or many.
+// A dot product's order depends on its length only: eight lanes over steps of eight columns, the rest padded with zeros,
+// one fixed final sum. It is the same whether one row or token is worked on or many. Quantized ones: fixed.h.
 #pragma once
 
 #include <stddef.h>
@@ -18,7 +18,7 @@ struct RowF32 {
     void group(int64_t) {}
     V at(int64_t i) const { return load(p + i); }
     float one(int64_t i) const { return p[i]; }
-    static int64_t bytes(int64_t i) { return i * 4; }
+    static constexpr int64_t bytes(int64_t i) { return i * 4; }
 };
 
 struct RowF16 {
@@ -26,7 +26,7 @@ struct RowF16 {
     void group(int64_t) {}
     V at(int64_t i) const { return load_f16(p + i); }
     float one(int64_t i) const { return decode_f16(p[i]); }
-    static int64_t bytes(int64_t i) { return i * 2; }
+    static constexpr int64_t bytes(int64_t i) { return i * 2; }
 };
 
 struct RowBF16 {
@@ -34,7 +34,7 @@ struct RowBF16 {
     void group(int64_t) {}
     V at(int64_t i) const { return load_bf16(p + i); }
     float one(int64_t i) const { return bf16_to_f32(p[i]); }
-    static int64_t bytes(int64_t i) { return i * 2; }
+    static constexpr int64_t bytes(int64_t i) { return i * 2; }
 };
 
 inline float float_at(const uint8_t* p, int32_t dtype, int64_t i) {
@@ -54,7 +54,7 @@ struct RowQ {
     }
     V at(int64_t i) const { return madd(bits == 8 ? load_u8(p + i) : load_u4(p + i / 2), scale, bias); }
     float one(int64_t) const { return 0.0f; }  // a quantized row is a whole number of groups: never asked
-    static int64_t bytes(int64_t i) { return i * bits / 8; }
+    static constexpr int64_t bytes(int64_t i) { return i * bits / 8; }
 };
 
 using fs::Format;
@@ -79,6 +79,33 @@ inline Row field(const Format& f, const uint8_t* p) {
 
 inline int64_t step_of(const Format& f, int64_t columns) { return f.group ? f.group : columns < 16 ? 16 : columns; }
 
+// Calls f with a value of the row type that `dtype` names, which is not quantized.
+template <class F>
+inline void with_float(int32_t dtype, F&& f) {
+    switch (dtype) {
+        case FS_F32: return f(RowF32{});
+        case FS_F16: return f(RowF16{});
+        default: return f(RowBF16{});
+    }
+}
+
+template <int n>
+struct Number {
+    static constexpr int value = n;
+};
+
+// Calls f with the bits, 8 or 4, and the group size as types.
+template <class F>
+inline void with_fixed(const Format& format, F&& f) {
+    auto sized = [&](auto bits) {
+        if (format.group == 32) return f(bits, Number<32>{});
+        if (format.group == 64) return f(bits, Number<64>{});
+        return f(bits, Number<128>{});
+    };
+    if (format.dtype == FS_Q8) return sized(Number<8>{});
+    return sized(Number<4>{});
+}
+
 // Calls f with a value of the row type that `dtype` names.
 template <class F>
 inline void with_row(int32_t dtype, F&& f) {
@@ -91,46 +118,43 @@ inline void with_row(int32_t dtype, F&& f) {
     }
 }
 
-// out[r * C + c] = rows[r] . x[c]. `ahead`: R addresses to prefetch as the rows are walked, or null.
+// out[r * C + c] = rows[r] . x[c] for plain floats. `ahead`: R addresses to prefetch as the rows are walked, or null.
 template <int R, int C, class Row>
-inline void dots(const Row* source, const float* const* x, int64_t n, int64_t step, float* out,
-                 const uint8_t* const* ahead = nullptr) {
+inline void dots(const Row* source, const float* const* x, int64_t n, float* out, const uint8_t* const* ahead = nullptr) {
     Row rows[R];
     for (int r = 0; r < R; r++) rows[r] = source[r];
-    V sums[R][C][2];
+    V sums[R][C];
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) sums[r][c][0] = sums[r][c][1] = zero();
-    int64_t whole = n / 16 * 16;
-    for (int64_t i = 0, g = 0; i < whole; i += step, g++) {
-        for (int r = 0; r < R; r++) rows[r].group(g);
-        int64_t end = i + step < whole ? i + step : whole;
-        for (int64_t k = i; k < end; k += 16) {
-            if (ahead)
-                for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(k));
-            for (int half = 0; half < 2; half++) {
-                V w[R];
-                for (int r = 0; r < R; r++) w[r] = rows[r].at(k + 8 * half);
-                for (int c = 0; c < C; c++) {
-                    V values = load(x[c] + k + 8 * half);
-                    for (int r = 0; r < R; r++) sums[r][c][half] = madd(w[r], values, sums[r][c][half]);
-                }
-            }
+        for (int c = 0; c < C; c++) sums[r][c] = zero();
+    auto add_eight = [&](int64_t k) __attribute__((always_inline)) {
+        V w[R];
+        for (int r = 0; r < R; r++) w[r] = rows[r].at(k);
+        for (int c = 0; c < C; c++) {
+            V values = load(x[c] + k);
+            for (int r = 0; r < R; r++) sums[r][c] = madd(w[r], values, sums[r][c]);
         }
+    };
+    constexpr int line = int(64 / Row::bytes(1));  // columns of a cache line
+    int64_t k = 0, whole = n / 8 * 8;
+    for (; k + line <= n; k += line) {
+        if (ahead)
+            for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(k));
+        for (int i = 0; i < line; i += 8) add_eight(k + i);
     }
+    for (; k < whole; k += 8) add_eight(k);
     if (whole < n) {
         for (int r = 0; r < R; r++) {
-            float w[16] = {0};
-            for (int64_t k = whole; k < n; k++) w[k - whole] = rows[r].one(k);
+            float w[8] = {0};
+            for (k = whole; k < n; k++) w[k - whole] = rows[r].one(k);
             for (int c = 0; c < C; c++) {
-                float rest[16] = {0};
+                float rest[8] = {0};
                 memcpy(rest, x[c] + whole, size_t(n - whole) * 4);
-                for (int half = 0; half < 2; half++)
-                    sums[r][c][half] = madd(load(w + 8 * half), load(rest + 8 * half), sums[r][c][half]);
+                sums[r][c] = madd(load(w), load(rest), sums[r][c]);
             }
         }
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) out[r * C + c] = sum(add(sums[r][c][0], sums[r][c][1]));
+        for (int c = 0; c < C; c++) out[r * C + c] = sum(sums[r][c]);
 }
 
 // y += weights[0] * rows[0] + weights[1] * rows[1] + ..., one addition after the other.

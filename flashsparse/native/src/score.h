@@ -121,11 +121,6 @@ void score_rows(const Scoring& job, int64_t row, int64_t end) {
         for (int64_t t = 0; t < job.tokens; t++) score_tile<bits, group, 1>(job, row, t);
 }
 
-template <int n>
-struct Number {
-    static constexpr int value = n;
-};
-
 // Calls f with the bits and the group size as types.
 template <class F>
 inline void with_layout(const Format& format, F&& f) {

@@ -54,6 +54,12 @@ inline V load_u4(const uint8_t* p) {  // eight values in four bytes, the low hal
     return _mm256_cvtepi32_ps(_mm256_and_si256(values, _mm256_set1_epi32(15)));
 }
 
+// Bits 4k.. of eight words.
+inline V nibbles(const uint8_t* p, int k) {
+    __m256i words = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)p), 4 * k);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
+}
+
 #else
 
 typedef float V __attribute__((vector_size(32)));
@@ -142,6 +148,13 @@ inline V load_u4(const uint8_t* p) {
     uint32_t word;
     memcpy(&word, p, 4);
     return __builtin_convertvector(I(all_bits(word) >> U{0, 4, 8, 12, 16, 20, 24, 28} & 15), V);
+}
+
+// Bits 4k.. of eight words.
+inline V nibbles(const uint8_t* p, int k) {
+    U words;
+    memcpy(&words, p, 32);
+    return __builtin_convertvector(I(words >> uint32_t(4 * k) & 15), V);
 }
 
 #endif

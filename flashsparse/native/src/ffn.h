@@ -1,0 +1,343 @@
+// The sparse FFN over records: hidden values as tasks of some records, the down sums as tasks of some columns. Part of
+// kernels.cpp, compiled with it per variant.
+#pragma once
+
+#include "activation.h"
+#include "fixed.h"
+
+namespace {
+
+using namespace fs;
+
+constexpr int kTokens = 16;  // tokens of a record that are looked at together
+
+// --- hidden: one task is a block of records ---------------------------------------------------------------------
+
+inline float field_value(const Hidden& job, int64_t j, int64_t field) {
+    if (field < 0) return 0.0f;
+    int32_t dtype = job.format.group ? job.format.scale_dtype : job.format.dtype;
+    return float_at(job.base + job.offsets[j] + field, dtype, 0);
+}
+
+inline bool wanted(const Hidden& job, int64_t j, int64_t token) {
+    return !job.mask || job.mask[token * job.neurons + job.ids[j]];
+}
+
+inline float finish(const Hidden& job, float gate, float up) {
+    return job.record->activation == FS_DRELU ? gate * relu(up) : gate * up;
+}
+
+// The record's own pre-activation: the gate row, or without a gate the up row.
+struct Score {
+    int64_t row, bias;
+    explicit Score(const fs_record& r) : row(r.gated ? r.gate : r.up), bias(r.gated ? r.gate_bias : r.up_bias) {}
+};
+
+// How a record's vectors are multiplied with tokens: `some` are R vectors side by side with the only token; `bind` makes
+// one ready for `tokens`, which takes any list of them.
+template <class Row>
+struct FloatProducts {
+    struct Vector {
+        RowF32 row;
+    };
+
+    template <int R>
+    static void some(const Hidden& job, const uint8_t* const* p, const uint8_t* const* ahead, float* out) {
+        Row rows[R];
+        for (int r = 0; r < R; r++) rows[r] = field<Row>(job.format, p[r]);
+        dots<R, 1>(rows, &job.x, job.format.columns, out, ahead);
+    }
+
+    static Vector bind(const Hidden& job, const uint8_t* p, float* scratch) {
+        decode_row(field<Row>(job.format, p), job.format.columns, step_of(job.format, job.format.columns), scratch);
+        return {RowF32{scratch}};
+    }
+
+    static void tokens(const Hidden& job, const Vector& vector, const int64_t* tokens, int count, float* out) {
+        int64_t n = job.format.columns;
+        const float* x[kTokens];
+        for (int i = 0; i < count; i++) x[i] = job.x + tokens[i] * n;
+        int i = 0;
+        for (; i + 4 <= count; i += 4) dots<1, 4>(&vector.row, x + i, n, out + i);
+        for (; i < count; i++) dots<1, 1>(&vector.row, x + i, n, out + i);
+    }
+};
+
+inline Quantized quantized_at(const Format& f, const uint8_t* p) { return {p, p + f.data_bytes, p + f.data_bytes + f.scale_bytes}; }
+
+template <int bits, int group>
+struct FixedProducts {
+    using Vector = Quantized;
+
+    template <int R>
+    static void some(const Hidden& job, const uint8_t* const* p, const uint8_t* const* ahead, float* out) {
+        Quantized rows[R];
+        for (int r = 0; r < R; r++) rows[r] = quantized_at(job.format, p[r]);
+        FixedToken x = fixed_token<bits, group>(job.fixed, 0);
+        fixed_dots<bits, group, R, 1>(rows, job.format, &x, out, ahead);
+    }
+
+    static Vector bind(const Hidden& job, const uint8_t* p, float*) { return quantized_at(job.format, p); }
+
+    static void tokens(const Hidden& job, const Vector& vector, const int64_t* tokens, int count, float* out) {
+        FixedToken x[kTokens];
+        for (int i = 0; i < count; i++) x[i] = fixed_token<bits, group>(job.fixed, tokens[i]);
+        int i = 0;
+        for (; i + 4 <= count; i += 4) fixed_dots<bits, group, 1, 4>(&vector, job.format, x + i, out + i);
+        for (; i < count; i++) fixed_dots<bits, group, 1, 1>(&vector, job.format, x + i, out + i);
+    }
+};
+
+// out[k] = field `at` of records j[0..count) . x, for one token. Prefetched is the record four places on.
+template <class Products>
+void record_dots(const Hidden& job, const int64_t* j, int count, int64_t at, float* out) {
+    const uint8_t *p[4], *ahead[4];
+    int k = 0;
+    for (; k + 4 <= count; k += 4) {
+        for (int r = 0; r < 4; r++) {
+            p[r] = job.base + job.offsets[j[k + r]] + at;
+            ahead[r] = job.base + job.offsets[least(j[k + r] + 4, job.n - 1)] + at;
+        }
+        Products::template some<4>(job, p, ahead, out + k);
+    }
+    for (; k < count; k++) {
+        p[0] = job.base + job.offsets[j[k]] + at;
+        Products::template some<1>(job, p, nullptr, out + k);
+    }
+}
+
+template <class Products>
+void hidden_one_token(const Hidden& job, int64_t first, int count) {
+    const fs_record& record = *job.record;
+    float gate[kRowBlock], up[kRowBlock];
+    int64_t chosen[kRowBlock] = {0}, active[kRowBlock] = {0};
+    int kept = 0, used = 0;
+    for (int64_t j = first; j < first + count; j++) {
+        job.hidden[job.cols[j]] = 0.0f;
+        if (wanted(job, j, 0)) chosen[kept++] = j;
+    }
+    if (job.activated) {
+        for (int k = 0; k < kept; k++) gate[k] = job.activated[job.ids[chosen[k]]];
+    } else {
+        Score score(record);
+        record_dots<Products>(job, chosen, kept, score.row, gate);
+        for (int k = 0; k < kept; k++)
+            gate[k] = activate(gate[k] + field_value(job, chosen[k], score.bias), record.activation, record.param);
+    }
+    for (int k = 0; k < kept; k++) {
+        if (gate[k] == 0.0f) continue;
+        job.hidden[job.cols[chosen[k]]] = gate[k];
+        active[used++] = chosen[k];
+    }
+    if (!record.gated) return;
+    record_dots<Products>(job, active, used, record.up, up);
+    for (int k = 0; k < used; k++) {
+        float* value = job.hidden + job.cols[active[k]];
+        *value = finish(job, *value, up[k] + field_value(job, active[k], record.up_bias));
+    }
+}
+
+// Replaces gate[t] by the hidden value for the `count` tokens of one record; `up` is its up row.
+template <class Products, class Vector>
+inline void apply_up(const Hidden& job, int64_t j, const Vector& up, int64_t token, int count, float* gate) {
+    int64_t active[kTokens];
+    float values[kTokens];
+    int used = 0;
+    for (int t = 0; t < count; t++)
+        if (gate[t] != 0.0f) active[used++] = token + t;
+    Products::tokens(job, up, active, used, values);
+    float bias = field_value(job, j, job.record->up_bias);
+    for (int i = 0; i < used; i++) {
+        float& value = gate[active[i] - token];
+        value = finish(job, value, values[i] + bias);
+    }
+}
+
+template <class Products, class Vector>
+inline void gates_of(const Hidden& job, int64_t j, const Vector& row, int64_t token, int count, float* gate) {
+    int64_t tokens[kTokens];
+    float values[kTokens];
+    int used = 0;
+    for (int64_t t = token; t < token + count; t++) {
+        gate[t - token] = 0.0f;
+        if (wanted(job, j, t)) tokens[used++] = t;
+    }
+    if (job.activated) {
+        for (int i = 0; i < used; i++) gate[tokens[i] - token] = job.activated[tokens[i] * job.neurons + job.ids[j]];
+        return;
+    }
+    Products::tokens(job, row, tokens, used, values);
+    float bias = field_value(job, j, Score(*job.record).bias);
+    for (int i = 0; i < used; i++)
+        gate[tokens[i] - token] = activate(values[i] + bias, job.record->activation, job.record->param);
+}
+
+template <class Products>
+void hidden_many_tokens(const Hidden& job, int64_t first, int count, float* scratch) {
+    int64_t n = job.format.columns;
+    bool gated = job.record->gated;
+    typename Products::Vector score[kRowBlock], up[kRowBlock];
+    for (int k = 0; k < count; k++) {
+        const uint8_t* p = job.base + job.offsets[first + k];
+        if (!job.activated) score[k] = Products::bind(job, p + Score(*job.record).row, scratch + 2 * k * n);
+        if (gated) up[k] = Products::bind(job, p + job.record->up, scratch + (2 * k + 1) * n);
+    }
+    for (int64_t token = 0; token < job.tokens; token += kTokens) {
+        int block = int(least(kTokens, job.tokens - token));
+        for (int k = 0; k < count; k++) {
+            float gate[kTokens];
+            gates_of<Products>(job, first + k, score[k], token, block, gate);
+            if (gated) apply_up<Products>(job, first + k, up[k], token, block, gate);
+            for (int t = 0; t < block; t++)
+                job.hidden[(token + t) * job.ldh + job.cols[first + k]] = gate[t] == 0.0f ? 0.0f : gate[t];
+        }
+    }
+}
+
+template <class Products>
+void hidden_of(const Hidden& job, int64_t first, int count, float* scratch) {
+    if (job.tokens == 1) hidden_one_token<Products>(job, first, count);
+    else hidden_many_tokens<Products>(job, first, count, scratch);
+}
+
+void hidden(const void* context, int64_t task, float* scratch) {
+    const Hidden& job = *(const Hidden*)context;
+    int64_t first = task * kRowBlock;
+    int count = int(least(kRowBlock, job.n - first));
+    if (job.format.group) {
+        with_fixed(job.format, [&](auto bits, auto group) {
+            hidden_of<FixedProducts<decltype(bits)::value, decltype(group)::value>>(job, first, count, scratch);
+        });
+        return;
+    }
+    with_float(job.format.dtype, [&](auto type) { hidden_of<FloatProducts<decltype(type)>>(job, first, count, scratch); });
+}
+
+// --- down: one task is a block of columns -----------------------------------------------------------------------
+
+// The down vector of record j from column `begin` on, which is a multiple of the group.
+template <class Row>
+Row down_row(const Down& job, int64_t j, int64_t begin) {
+    const Format& f = job.format;
+    const uint8_t* p = job.base + job.offsets[j] + job.record->down;
+    const uint8_t *scales = p + f.data_bytes, *biases = scales + f.scale_bytes;
+    int64_t skip = f.group ? begin / f.group * (f.scale_dtype == FS_F32 ? 4 : 2) : 0;
+    Row row;
+    bind(row, f, p + Row::bytes(begin), scales + skip, biases + skip);
+    return row;
+}
+
+// 4 bits: in eight words lie columns 0, 8, ..., 56 of 64, in their next bits 1, 9, ..., 57: so y is worked on with its
+// columns in this order, and no number changes its lane.
+inline void exchange(const float* from, int64_t n, bool back, float* to) {
+    for (int64_t block = 0; block < n; block += 64)
+        for (int k = 0; k < 8; k++)
+            for (int l = 0; l < 8; l++) {
+                int64_t planes = block + 8 * k + l, columns = block + 8 * l + k;
+                to[back ? columns : planes] = from[back ? planes : columns];
+            }
+}
+
+// y += weights[0] * rows[0] + ..., one addition after the other, y exchanged; n columns, groups of 64 or 128.
+template <int R>
+inline void add_nibbles(const Quantized* rows, const float* weights, const Format& f, int64_t n, float* y,
+                        const uint8_t* const* ahead) {
+    float scales[R][kGroups], biases[R][kGroups];
+    V factor[R];
+    for (int r = 0; r < R; r++) factor[r] = all(weights[r]);
+    for (int64_t k = 0; k < n; k += 64) {
+        int64_t g = k / f.group;
+        if (k % (f.group * kGroups) == 0)
+            for (int r = 0; r < R; r++) {
+                int count = int(least(kGroups, (n - k + f.group - 1) / f.group));
+                store(scales[r], eight_parts(rows[r].scales, f.scale_dtype, g, count));
+                store(biases[r], eight_parts(rows[r].biases, f.scale_dtype, g, count));
+                prefetch_stretch<32 * kGroups>(ahead[r] + k / 2);
+            }
+        V total[8];
+        for (int i = 0; i < 8; i++) total[i] = load(y + k + 8 * i);
+        for (int r = 0; r < R; r++) {
+            V scale = all(scales[r][g % kGroups]), bias = all(biases[r][g % kGroups]);
+            for (int i = 0; i < 8; i++)
+                total[i] = madd(factor[r], madd(nibbles(rows[r].words + k / 2, i), scale, bias), total[i]);
+        }
+        for (int i = 0; i < 8; i++) store(y + k + 8 * i, total[i]);
+    }
+}
+
+inline Quantized quantized_down(const Down& job, int64_t j, int64_t begin) {
+    const Format& f = job.format;
+    const uint8_t* p = job.base + job.offsets[j] + job.record->down;
+    int64_t skip = begin / f.group * (f.scale_dtype == FS_F32 ? 4 : 2);
+    return {p + begin / 2, p + f.data_bytes + skip, p + f.data_bytes + f.scale_bytes + skip};
+}
+
+void nibbles_one_token(const Down& job, int64_t begin, int64_t n, float* y) {
+    exchange(job.y + begin, n, false, y);
+    Quantized rows[4];
+    const uint8_t* ahead[4];
+    float weights[4];
+    int used = 0;
+    for (int64_t j = 0; j < job.n; j++) {
+        float weight = job.hidden[job.cols[j]];
+        if (weight == 0.0f) continue;
+        weights[used] = weight, rows[used] = quantized_down(job, j, begin);
+        ahead[used++] = quantized_down(job, least(j + 4, job.n - 1), begin).words;
+        if (used == 4) add_nibbles<4>(rows, weights, job.format, n, y, ahead), used = 0;
+    }
+    for (int r = 0; r < used; r++) add_nibbles<1>(rows + r, weights + r, job.format, n, y, ahead + r);
+    exchange(y, n, true, job.y + begin);
+}
+
+template <class Row>
+void down_one_token(const Down& job, int64_t begin, int64_t n) {
+    int64_t step = step_of(job.format, n);
+    Row rows[4];
+    const uint8_t* ahead[4];
+    float weights[4];
+    int used = 0;
+    for (int64_t j = 0; j < job.n; j++) {
+        float weight = job.hidden[job.cols[j]];
+        if (weight == 0.0f) continue;
+        weights[used] = weight;
+        rows[used] = down_row<Row>(job, j, begin);
+        ahead[used++] = job.base + job.offsets[least(j + 4, job.n - 1)] + job.record->down + Row::bytes(begin);
+        if (used < 4) continue;
+        weighted<4>(rows, weights, n, step, job.y + begin, ahead);
+        used = 0;
+    }
+    weighted_many(rows, weights, used, n, step, job.y + begin);
+}
+
+template <class Row>
+void down_many_tokens(const Down& job, int64_t begin, int64_t n, float* scratch) {
+    for (int64_t first = 0; first < job.n; first += kRowBlock) {
+        int count = int(least(kRowBlock, job.n - first));
+        for (int k = 0; k < count; k++)
+            decode_row(down_row<Row>(job, first + k, begin), n, step_of(job.format, n), scratch + k * n);
+        for (int64_t t = 0; t < job.tokens; t++) {
+            RowF32 rows[kRowBlock];
+            float weights[kRowBlock];
+            int used = 0;
+            for (int k = 0; k < count; k++) {
+                float weight = job.hidden[t * job.ldh + job.cols[first + k]];
+                if (weight != 0.0f) weights[used] = weight, rows[used++].p = scratch + k * n;
+            }
+            weighted_many(rows, weights, used, n, most(n, 16), job.y + t * job.format.columns + begin);
+        }
+    }
+}
+
+void down(const void* context, int64_t task, float* scratch) {
+    const Down& job = *(const Down*)context;
+    int64_t begin = task * job.columns_per_task;
+    int64_t n = least(job.columns_per_task, job.format.columns - begin);
+    if (job.tokens == 1 && job.format.dtype == FS_Q4 && job.format.group >= 64) return nibbles_one_token(job, begin, n, scratch);
+    with_row(job.format.dtype, [&](auto type) {
+        using Row = decltype(type);
+        if (job.tokens == 1) down_one_token<Row>(job, begin, n);
+        else down_many_tokens<Row>(job, begin, n, scratch);
+    });
+}
+
+}  // namespace
