@@ -53,7 +53,8 @@ class FixedBlock {
   public:
     FixedBlock(const Format& format, int64_t tokens) : format_(format) {
         if (!format.group) return;
-        groups_ = round_up(format.columns / format.group, 8), bytes_ = chosen().load()->fixed_bytes(format);
+        // One more than needed: tokens a multiple of 4096 bytes apart would compete for the same cache lines.
+        groups_ = round_up(format.columns / format.group, 8) + 1, bytes_ = chosen().load()->fixed_bytes(format);
         digits_.resize(size_t(tokens * groups_ * bytes_));
         parts_.resize(size_t(2 * tokens * groups_));
     }
@@ -74,8 +75,15 @@ class FixedBlock {
     std::vector<float> parts_;
 };
 
-// Tokens that a call works on at once: all, or as many as are held in fixed point.
-int64_t token_block(const Format& f, int64_t tokens) { return f.group ? between(1, tokens, kFixedTokens) : tokens; }
+// Several tokens for products with plain floats, by chunks of columns; see Linear.
+std::vector<float> packed(const float* x, int64_t columns, int64_t tokens) {
+    std::vector<float> out(size_t(tokens * round_up(columns, kChunk)));
+    for (int64_t first = 0; first < columns; first += kChunk)
+        for (int64_t t = 0; t < tokens; t++)
+            memcpy(out.data() + first * tokens + t * kChunk, x + t * columns + first,
+                   sizeof(float) * size_t(std::min<int64_t>(kChunk, columns - first)));
+    return out;
+}
 
 constexpr int64_t kScoreTokens = 16;  // tokens that share a pass over a low-bit matrix; bounds their integer copies
 
@@ -135,12 +143,15 @@ void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const
     Timed timed;
     if (n_tokens <= 0) return;
     Format format = format_of(*w);
-    int64_t block = token_block(format, n_tokens);
+    int64_t block = between(1, n_tokens, format.group ? kFixedTokens : kPackedTokens);
     FixedBlock fixed(format, block);
     for (int64_t token = 0; token < n_tokens; token += block) {
         int64_t tokens = between(1, n_tokens - token, block);
         const float* some = x + token * w->cols;
-        Linear job{w, format, bias, some, tokens, rows_per_task(format, w->rows, tokens), y + token * w->rows, fixed.of(some, tokens)};
+        std::vector<float> chunks;
+        if (n_tokens > 1 && !format.group) chunks = packed(some, w->cols, tokens);
+        Linear job{w, format, bias, some, tokens, rows_per_task(format, w->rows, tokens),
+                   y + token * w->rows, fixed.of(some, tokens), chunks.data()};
         size_t scratch = tokens > 1 ? kPanelScratch : 0;
         workers->run(chosen().load()->linear, &job, pieces(w->rows, job.rows_per_task), scratch);
     }
@@ -228,7 +239,7 @@ void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* 
     Timed timed;
     if (T <= 0) return;
     Format format = format_of(*record);
-    int64_t block = token_block(format, T);
+    int64_t block = format.group ? between(1, T, kFixedTokens) : T;
     FixedBlock fixed(format, block);
     for (int64_t token = 0; token < T; token += block) {
         int64_t tokens = between(1, T - token, block), at = token * I;

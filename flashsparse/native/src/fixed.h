@@ -2,8 +2,8 @@
 // of a power of two, cut into signed digits; a group's products with the stored numbers are exact sums of integers, and
 // only the groups' shares are added as floats:
 //     w . x = sum over groups of scale * step * (numbers . digits) + bias * sum(x).
-// A group's largest value keeps at least 22 bits (4-bit vectors) or all of them; of smaller ones goes what an addition
-// to the largest would round away anyhow. A product's order depends on its length only: it is the same whether one row
+// The values are multiples of 2^-22 of a power of two near the group's largest, about what a float sum with the largest
+// keeps of the others. A product's order depends on its length only: it is the same whether one row
 // or token is worked on or many. NaN or Inf in a token makes all its products NaN.
 #pragma once
 
@@ -16,30 +16,35 @@ using fs::Fixed;
 
 constexpr int kGroups = 8;  // groups whose scales are decoded together
 
-// 4 bits: three digits of 8 bits, group bytes each. 8 bits: digits of 15 and 12 bits, group 16-bit words each. A plane
+// 4 bits: three digits of 8 bits, group bytes each. 8 bits: digits of 11 and 12 bits, group 16-bit words each. A plane
 // is what one shift takes out of a vector of words (at most 32 bytes): 4 bits two, of bytes; 8 bits two, of words.
 template <int bits, int group>
 struct Digits {
     static constexpr int words = group * bits / 8, vector = words < 32 ? words : 32;  // bytes
     static constexpr int size = group * (bits == 4 ? 3 : 4);                          // bytes of one group's digits
-    static constexpr int exponent = bits == 4 ? 21 : 25;                              // of the largest value, at most
-    static int place(int i) {
-        int lanes = bits == 4 ? vector : vector / 2, word = i / 2;
-        return (word / lanes * 2 + i % 2) * lanes + word % lanes;
-    }
 };
 
+// Digit `digit` of values that one shift of the words meets, place by place; the loops are for the compiler's vectors.
 template <int bits, int group>
-inline void put_digits(int32_t value, int i, int8_t* digits) {
-    int at = Digits<bits, group>::place(i);
-    if (bits == 4) {
-        uint32_t shifted = uint32_t(value) + 0x808080;  // bytes of this are the signed digits plus 128
-        for (int k = 0; k < 3; k++) digits[(2 - k) * group + at] = int8_t(int(shifted >> 8 * k & 255) - 128);
-        return;
-    }
+inline void put_digits(const int32_t* values, int8_t* digits) {
+    using D = Digits<bits, group>;
+    constexpr int lanes = bits == 4 ? D::vector : D::vector / 2;
     auto* wide = (int16_t*)digits;
-    int32_t high = (value + 2048) >> 12;
-    wide[at] = int16_t(high), wide[group + at] = int16_t(value - high * 4096);
+    for (int first = 0; first < group; first += 2 * lanes)
+        for (int k = 0; k < 2; k++)
+            for (int l = 0; l < lanes; l++) {
+                int32_t value = values[first + 2 * l + k];
+                int at = first + k * lanes + l;
+                if (bits == 4) {
+                    uint32_t shifted = uint32_t(value) + 0x808080;  // its bytes are the signed digits plus 128
+                    digits[at] = int8_t(shifted >> 16 ^ 0x80);
+                    digits[group + at] = int8_t(shifted >> 8 ^ 0x80);
+                    digits[2 * group + at] = int8_t(shifted ^ 0x80);
+                } else {
+                    int32_t high = (value + 2048) >> 12;
+                    wide[at] = int16_t(high), wide[group + at] = int16_t(value - high * 4096);
+                }
+            }
 }
 
 // One group: its digits, its step, and the sum of the values as they are represented.
@@ -50,16 +55,19 @@ void fix_group(const float* x, int8_t* digits, float* step, float* sum) {
         uint32_t magnitude = to_bits(x[i]) & 0x7fffffff;
         top = magnitude > top ? magnitude : top;
     }
-    bool finite = top < 0x7f800000;
-    int wanted = Digits<bits, group>::exponent - (int(top >> 23) - 127), power = wanted < 126 ? wanted : 126;
-    *step = from_bits(finite ? uint32_t(127 - power) << 23 : 0x7fc00000);
-    float up = from_bits(uint32_t(127 + power) << 23);
-    int64_t total = 0;
-    for (int i = 0; i < group && finite; i++) {
-        int32_t value = int32_t((double(x[i]) * up + 6755399441055744.0) - 6755399441055744.0);  // half to even
-        put_digits<bits, group>(value, i, digits);
-        total += value;
+    if (top >= 0x7f800000) {
+        *step = *sum = from_bits(0x7fc00000);
+        return;
     }
+    int wanted = 21 - (int(top >> 23) - 127), power = wanted < 126 ? wanted : 126;
+    *step = from_bits(uint32_t(127 - power) << 23);
+    float up = from_bits(uint32_t(127 + power) << 23);
+    int32_t values[group], total = 0;
+    for (int i = 0; i < group; i++) {
+        values[i] = int32_t((x[i] * up + 12582912.0f) - 12582912.0f);  // adding 1.5 * 2^23 rounds half to even
+        total += values[i];
+    }
+    put_digits<bits, group>(values, digits);
     *sum = float(total) * *step;
 }
 
@@ -71,7 +79,7 @@ void fix_token(const float* x, int64_t columns, int8_t* digits, float* steps, fl
 
 // A vector's words of one group, taken apart once for all tokens; times(d): the products with a token's digits, in eight
 // partial sums. Integers stay within: 4 bits: 16-bit lanes 4 * 15 * 128, then 32-bit lanes 2^31 for groups of 128;
-// 8 bits: 32-bit lanes 2^27.
+// 8 bits: 32-bit lanes 2^23.
 template <int bits, int group>
 struct Numbers;
 

@@ -26,7 +26,8 @@ struct Linear {
     const float *bias, *x;
     int64_t tokens, rows_per_task;
     float* y;
-    Fixed fixed;  // x again, for quantized matrices
+    Fixed fixed;          // x again, for quantized matrices
+    const float* packed;  // and for others with several tokens: chunk by chunk [tokens, kChunk], filled up with zeros
 };
 
 // A block of tokens as integers: q [tokens, groups * group size] in the variant's order, steps and sums [tokens, groups];
@@ -88,10 +89,11 @@ struct Reading {
 };
 
 constexpr int kRowBlock = 8;     // records, or quantized rows, that several tokens use together
-constexpr int kPanel = 24;       // rows decoded together for many tokens, by chunks of columns
+constexpr int kPanel = 48;       // rows decoded together for many tokens, by chunks of columns
 constexpr int kChunk = 512;
 constexpr int kFixedTokens = 32; // tokens held in fixed point together
-constexpr int kPanelScratch = kPanel * kChunk + kPanel * kFixedTokens * 8 + 8;
+constexpr int kPackedTokens = 64;  // tokens that rows are decoded for once
+constexpr int kPanelScratch = kPanel * kChunk + kPanel * kPackedTokens * 8;
 constexpr int kKeyBlock = 4;     // keys or values decoded together
 constexpr int kQueryBlock = 8;   // query rows (tokens times heads of one key head) of an attention task
 

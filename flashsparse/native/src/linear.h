@@ -10,7 +10,6 @@ namespace {
 using namespace fs;
 
 constexpr int kTileTokens = 4;
-constexpr int kTokenBlock = kFixedTokens;  // tokens whose sums wait in scratch together
 
 inline void put(const Linear& job, int64_t row, int64_t token, float value) {
     job.y[token * job.w->rows + row] = job.bias ? value + job.bias[row] : value;
@@ -59,21 +58,23 @@ inline void add_tile(const float* const* rows, const float* const* x, int64_t n,
         for (int c = 0; c < C; c++) store(waiting + 8 * (r * stride + c), sums[r][c]);
 }
 
-// One chunk of columns of a block: `rows` decoded (kChunk apart), x [tokens] from column `first` on.
+// One chunk: `count` rows and C tokens, each kChunk apart, n columns.
 template <int C>
-inline void add_token_tile(const float* rows, int count, const float* const* x, int64_t n, float* waiting) {
+inline void add_token_tile(const float* rows, int count, const float* x, int64_t n, float* waiting) {
+    const float* tokens[C];
+    for (int c = 0; c < C; c++) tokens[c] = x + c * kChunk;
     int r = 0;
     for (; r + 3 <= count; r += 3) {
         const float* three[3] = {rows + r * kChunk, rows + (r + 1) * kChunk, rows + (r + 2) * kChunk};
-        add_tile<3, C>(three, x, n, waiting + 8 * r * kTokenBlock, kTokenBlock);
+        add_tile<3, C>(three, tokens, n, waiting + 8 * r * kPackedTokens, kPackedTokens);
     }
     for (; r < count; r++) {
         const float* one = rows + r * kChunk;
-        add_tile<1, C>(&one, x, n, waiting + 8 * r * kTokenBlock, kTokenBlock);
+        add_tile<1, C>(&one, tokens, n, waiting + 8 * r * kPackedTokens, kPackedTokens);
     }
 }
 
-// Decodes a chunk of a row; a row's last chunk is filled up with zeros to a multiple of eight.
+// Decodes a chunk of a row, filled up with zeros to a multiple of eight.
 template <class Row>
 inline void decode_chunk(Row row, int64_t first, int64_t n, float* out) {
     int64_t whole = n / 8 * 8;
@@ -82,40 +83,29 @@ inline void decode_chunk(Row row, int64_t first, int64_t n, float* out) {
     for (int64_t k = whole; k < n; k++) out[k] = row.one(first + k);
 }
 
-// scratch: the decoded chunk [kPanel, kChunk], the sums [kPanel, kTokenBlock, 8], the tokens' last columns.
+// All of the job's tokens, at most kPackedTokens; scratch: the decoded chunk, then the sums [kPanel, kPackedTokens, 8].
 template <class Row>
-void float_block(const Linear& job, int64_t row, int count, int64_t token, int tokens, float* scratch) {
-    float *waiting = scratch + kPanel * kChunk, *last = waiting + kPanel * kTokenBlock * 8;
-    int64_t columns = job.format.columns;
-    memset(waiting, 0, sizeof(float) * size_t(kPanel * kTokenBlock * 8));
+void float_block(const Linear& job, int64_t row, int count, float* scratch) {
+    float* waiting = scratch + kPanel * kChunk;
+    int64_t columns = job.format.columns, tokens = job.tokens;
+    memset(waiting, 0, sizeof(float) * size_t(kPanel * kPackedTokens * 8));
     for (int64_t first = 0; first < columns; first += kChunk) {
-        int64_t n = least(kChunk, columns - first), whole = n / 8 * 8;
+        int64_t n = least(kChunk, columns - first), padded = (n + 7) / 8 * 8, t = 0;
+        const float* x = job.packed + first * tokens;
         for (int r = 0; r < count; r++) decode_chunk(matrix_row<Row>(job, row + r), first, n, scratch + r * kChunk);
-        for (int t = 0; t < tokens; t += kTileTokens) {
-            int width = int(least(kTileTokens, tokens - t));
-            const float* x[kTileTokens];
-            for (int c = 0; c < width; c++) x[c] = job.x + (token + t + c) * columns + first;
-            if (width == kTileTokens) add_token_tile<kTileTokens>(scratch, count, x, whole, waiting + 8 * t);
-            else for (int c = 0; c < width; c++) add_token_tile<1>(scratch, count, x + c, whole, waiting + 8 * (t + c));
-        }
-        for (int t = 0; t < tokens && whole < n; t++) {
-            store(last, zero());
-            memcpy(last, job.x + (token + t) * columns + first + whole, size_t(n - whole) * 4);
-            const float* x = last;
-            add_token_tile<1>(scratch + whole, count, &x, 8, waiting + 8 * t);
-        }
+        for (; t + kTileTokens <= tokens; t += kTileTokens)
+            add_token_tile<kTileTokens>(scratch, count, x + t * kChunk, padded, waiting + 8 * t);
+        for (; t < tokens; t++) add_token_tile<1>(scratch, count, x + t * kChunk, padded, waiting + 8 * t);
     }
     for (int r = 0; r < count; r++)
-        for (int t = 0; t < tokens; t++) put(job, row + r, token + t, sum(load(waiting + 8 * (r * kTokenBlock + t))));
+        for (int64_t t = 0; t < tokens; t++) put(job, row + r, t, sum(load(waiting + 8 * (r * kPackedTokens + t))));
 }
 
 template <class Row>
 void float_rows(const Linear& job, int64_t row, int64_t end, float* scratch) {
     if (job.tokens > 1) {
         for (; row < end; row += kPanel)
-            for (int64_t token = 0; token < job.tokens; token += kTokenBlock)
-                float_block<Row>(job, row, int(least(kPanel, end - row)), token,
-                                 int(least(kTokenBlock, job.tokens - token)), scratch);
+            float_block<Row>(job, row, int(least(kPanel, end - row)), scratch);
         return;
     }
     for (; row + 4 <= end; row += 4) float_one_token<4, Row>(job, row);
