@@ -25,6 +25,7 @@ MIN_TILE_BYTES = 128 << 10
 HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
 ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
 THREAD_BYTES = 16 << 10  # stack that a thread touches
+KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
 LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
 PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
 FLOOR_SLOTS = 64
@@ -122,7 +123,8 @@ class Sizes:
         m = self.manifest
         width = max(m.hidden_size, m.heads * m.head_dim)
         floats = self.hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
-        return 4 * floats + m.prefill_chunk * self._choice_bytes() + 2 * (tile_bytes + 2 * ALIGN)
+        kernels = 256 * (width + 512) + KERNEL_BYTES * self.threads  # 64 tokens as the products take them; their sums
+        return 4 * floats + m.prefill_chunk * self._choice_bytes() + 2 * (tile_bytes + 2 * ALIGN) + kernels
 
     def _choice_bytes(self) -> int:
         """Bytes per token of what decides which neurons are computed."""
