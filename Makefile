@@ -2,6 +2,7 @@
 #   make demo            install, convert the embedded model, stream it under a small budget
 #   make test            the tests (no torch); make smoke: the quickest of them; make test-slow: the long ones
 #   make check           ruff, formatting, mypy; make format mends what it can
+#   make test-arm        the native kernels for 64-bit Arm, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 #   make test-reference  makes the reference vectors afresh with torch (.venv-reference) and compares
 
 # The first interpreter that is new enough; override with `make PYTHON=...`.
@@ -19,7 +20,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(wildcard flashsparse/native/src/*)
 # The tests' matrices are tiny: a BLAS that spreads them over threads spends its time waiting for itself.
 test smoke test-slow test-reference: export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test smoke test-slow check format test-reference clean
+.PHONY: demo test smoke test-slow test-arm check format test-reference clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/flashsparse demo
@@ -32,6 +33,25 @@ smoke: $(VENV)/.development
 
 test-slow: $(VENV)/.development
 	$(RUN) -m pytest -m "slow and not reference"
+
+# The kernels' NEON variant, on any machine. What is missing is said, and skips the run.
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_RUN ?= qemu-aarch64
+test-arm:
+	@missing=; for tool in $(ARM_CXX) $(ARM_RUN); do command -v $$tool >/dev/null || missing="$$missing $$tool"; done; \
+	if [ -n "$$missing" ]; then echo "test-arm skipped: no$$missing (Debian: apt-get install g++-aarch64-linux-gnu qemu-user)"; \
+	else $(MAKE) --no-print-directory build/arm/check && $(ARM_RUN) build/arm/check; fi
+
+ARM_OBJECTS := $(patsubst flashsparse/native/src/%.cpp,build/arm/%.o,$(wildcard flashsparse/native/src/*.cpp)) \
+	build/arm/kernels_check.o
+build/arm/%.o: flashsparse/native/src/%.cpp $(SOURCES)
+	@mkdir -p $(@D)
+	$(ARM_CXX) -std=gnu++17 -O1 -Wall -Wextra -ffp-contract=off -fno-math-errno -Wno-psabi -c $< -o $@
+build/arm/kernels_check.o: tests/native/kernels_check.cpp $(SOURCES)
+	@mkdir -p $(@D)
+	$(ARM_CXX) -std=gnu++17 -O1 -Wall -Wextra -Iflashsparse/native/src -c $< -o $@
+build/arm/check: $(ARM_OBJECTS)
+	$(ARM_CXX) -static $^ -o $@ -pthread
 
 check: $(VENV)/.development
 	$(RUN) -m ruff check .
