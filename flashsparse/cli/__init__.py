@@ -25,6 +25,7 @@ COMMANDS = {
     "sparsity": ("flashsparse.cli.sparsity", "Measure how many neurons a model needs."),
     "info": ("flashsparse.cli.info", "Show what a pack holds."),
     "verify": ("flashsparse.cli.verify", "Check every checksum of a pack."),
+    "doctor": ("flashsparse.cli.doctor", "Measure the drive, and say what speed to expect."),
     "demo": ("flashsparse.cli.demo", "Stream the embedded model under a small budget."),
 }
 

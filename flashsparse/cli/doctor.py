@@ -1,0 +1,165 @@
+"""`flashsparse doctor`: what this drive and this memory give, and what speed a model would have with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from flashsparse.flash.curve import Curve
+    from flashsparse.outlook import Outlook, Shape
+
+MEMORY_BYTES = 256 << 20
+
+
+@click.command()
+@click.argument("model", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--dram", metavar="SIZE", help="Memory budget: 7GB, 4GiB, 50%.  [default: as chat chooses it]")
+@click.option("--tier", type=click.Choice(["exact", "predict", "dense"]), default="predict", help="Of a checkpoint.")
+@click.option("--bits", type=click.Choice(["4", "8", "16"]), default="16", help="Of a checkpoint.")
+@click.option("--density", type=click.FloatRange(0, 1, min_open=True), help="Share of the neurons a token needs.")
+@click.option("--hit-rate", type=click.FloatRange(0, 1), help="Share of a token's records that are in slots already.")
+@click.option(
+    "--at",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Measure the drive of this folder.  [default: the model's, else the current folder]",
+)
+@click.option("--again", is_flag=True, help="Measure, also when this drive's curve is known.")
+@click.option("--threads", type=click.IntRange(1), help="Threads that read memory.  [default: one per core]")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the curve (png, pdf, svg).")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def doctor(
+    model: Path | None,
+    dram: str | None,
+    tier: str,
+    bits: str,
+    density: float | None,
+    hit_rate: float | None,
+    at: Path | None,
+    again: bool,
+    threads: int | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the drive, and say what speed to expect of MODEL: a pack, or a checkpoint not converted yet.
+
+    The curve is measured once for each drive, in a few seconds, on the pack's own files or on a temporary file of
+    512 MiB, and kept in the user's cache; reading then follows it.
+    """
+    from flashsparse.outlook import checkpoint_shape, expect, pack_shape
+
+    if plot is not None:
+        from flashsparse.sparsity.plots import check_plot
+
+        check_plot(plot)
+    shape = None
+    if model is not None and (model / "pack.json").is_file():
+        shape = pack_shape(model, dram)
+    elif model is not None:
+        shape = checkpoint_shape(model, dram, tier, int(bits))
+    curve, known = find_curve(at or model or Path(), again)
+    memory = memory_rate(threads)
+    outlook = expect(shape, curve, memory, density, hit_rate) if shape else None
+    if plot is not None:
+        from flashsparse.flash.curve_plot import draw_curve
+
+        draw_curve(plot, curve, shape.record_bytes if shape else None)
+    if as_json:
+        click.echo(json.dumps(report(curve, memory, shape, outlook)))
+        return
+    click.echo("\n".join(lines(curve, known, memory, shape, outlook)))
+
+
+def find_curve(folder: Path, again: bool) -> tuple[Curve, bool]:
+    """The curve of the drive under `folder`, and whether it was known; measured and kept otherwise."""
+    from flashsparse.flash.curve import load_curve, measure, save_curve
+    from flashsparse.places import cache_dir
+
+    found = None if again else load_curve(cache_dir(), folder)
+    if found is not None:
+        return found, True
+    curve = measure(folder, sorted(folder.glob("flash-*.safetensors")))
+    try:
+        save_curve(curve, cache_dir(), folder)
+    except OSError as error:
+        click.echo(f"the curve could not be kept: {error}", err=True)
+    return curve, False
+
+
+def memory_rate(threads: int | None) -> float:
+    """Bytes per second that reading memory in order reaches, the best of a few passes."""
+    import os
+    import time
+
+    import numpy as np
+
+    from flashsparse import native
+
+    buffer = np.ones(MEMORY_BYTES // 8, np.uint64)
+    best = 0.0
+    with native.Workers(threads or os.cpu_count() or 1) as workers:
+        for _ in range(6):
+            began = time.perf_counter()
+            native.memory_read(workers, buffer)
+            best = max(best, buffer.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def report(curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | None) -> dict[str, Any]:
+    """Everything that is printed, as plain values; rates in bytes per second."""
+    from dataclasses import asdict
+
+    facts: dict[str, Any] = {"curve": curve.to_dict(), "mode": curve.mode, "memory": memory}
+    if shape is not None and outlook is not None:
+        merging = curve.merging(shape.stride)
+        facts |= {"model": asdict(shape), "outlook": outlook.to_dict(), "merging": asdict(merging)}
+        facts["best"], facts["depth"] = curve.best(shape.record_bytes), curve.depth(shape.record_bytes)
+    return facts
+
+
+def lines(curve: Curve, known: bool, memory: float, shape: Shape | None, outlook: Outlook | None) -> list[str]:
+    """What the terminal shows."""
+    text = [f"drive          {curve.device} ({'measured before; --again measures anew' if known else 'measured now'})"]
+    for name, rates in (("direct", curve.direct), ("buffered", curve.buffered)):
+        text += _table(name, rates)
+    text.append(f"in order       {curve.sequential / 1e9:.2f} GB/s")
+    text.append(f"best mode      {curve.mode}")
+    text.append(f"memory         {memory / 1e9:.1f} GB/s")
+    return text if shape is None or outlook is None else [*text, "", *_model(curve, shape, outlook)]
+
+
+def _table(name: str, rates: Any) -> list[str]:
+    from flashsparse.flash.curve import DEPTHS, SIZES
+
+    if rates is None:
+        why = "refused by the file system" if name == "direct" else "the page cache could not be emptied"
+        return [f"{name:<15}{why}"]
+    head = f"{name + ', GB/s':<15}" + "".join(f"{depth:>7}" for depth in DEPTHS) + "  in flight"
+    rows = [
+        f"{f'{size >> 10} KiB':>13}  " + "".join(f"{rate / 1e9:>7.2f}" for rate in row)
+        for size, row in zip(SIZES, rates, strict=True)
+    ]
+    return [head, *rows]
+
+
+def _model(curve: Curve, shape: Shape, outlook: Outlook) -> list[str]:
+    from flashsparse.errors import format_bytes
+
+    merging, best = curve.merging(shape.stride), curve.best(shape.record_bytes)
+    gap = f"across gaps of up to {format_bytes(merging.gap)}" if merging.gap >= 0 else "never"
+    share = min(1.0, shape.slots / shape.records)
+    return [
+        f"model          {shape.name}",
+        f"  tier         {shape.tier}, {shape.layers} layers of {shape.records} records of {shape.record_bytes} bytes",
+        f"  slots        {shape.slots:.0f} in a layer ({100 * share:.0f} %)",
+        f"  density      {100 * outlook.density:.3g} % ({outlook.density_from})",
+        f"  hit rate     {outlook.hit_rate:.2f} ({outlook.hit_rate_from})",
+        f"  one record   {best / 1e9:.2f} GB/s at {curve.depth(shape.record_bytes)} in flight; neighbours are read "
+        f"together {gap}",
+        f"reading        {format_bytes(outlook.read_bytes)} per token: {1000 * outlook.read_s:.0f} ms",
+        f"memory         {format_bytes(outlook.touched_bytes)} per token: {1000 * outlook.memory_s:.0f} ms",
+        f"expect         at most {outlook.tokens_per_second:.3g} tokens/s ({outlook.rule})",
+    ]

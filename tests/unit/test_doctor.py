@@ -1,0 +1,87 @@
+"""doctor: the limits it states are the arithmetic of measured rates, and its assumptions are named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from flashsparse.cli import doctor as command
+from flashsparse.errors import CheckpointError, UsageError
+from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, save_curve
+from flashsparse.outlook import ASSUMED_DENSITY, ASSUMED_HITS, Shape, checkpoint_shape, expect
+
+CONFIG = {
+    "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "relu", "hidden_size": 4096,
+    "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+    "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def drive(rate: float, device: str = "") -> Curve:
+    return Curve(device, ((rate,) * len(DEPTHS),) * len(SIZES), None, 2 * rate)
+
+
+def shape(tier: str, slots: float, density: float | None = None) -> Shape:
+    return Shape("m", tier, 10, 1000, 8192, 8192, 10**9, 5 * 10**8, slots, density)
+
+
+def test_predict_takes_the_slower_of_both_limits() -> None:
+    found = expect(shape("predict", 300), drive(1e9), 10e9, 0.2, 0.9)
+    read, touched = 10 * 1000 * 0.2 * 0.1 * 8192, 5e8 + 10 * 1000 * 0.2 * 8192
+    assert (found.read_bytes, found.touched_bytes) == (round(read), round(touched))
+    assert found.tokens_per_second == pytest.approx(1 / max(read / 1e9, touched / 10e9))
+
+
+def test_exact_hides_only_the_hits() -> None:
+    found = expect(shape("exact", 300), drive(1e9), 10e9, 0.2, 0.5)
+    hits = 10 * 1000 * 0.2 * 0.5 * 8192 / 10e9
+    assert found.tokens_per_second == pytest.approx(1 / (found.read_s + found.memory_s - min(found.read_s, hits)))
+
+
+def test_dense_reads_everything_in_order() -> None:
+    found = expect(shape("dense", 0), drive(1e9), 10e9, 0.2, None)
+    assert (found.density, found.hit_rate) == (1.0, 0.0)
+    assert found.read_s == pytest.approx(10 * 1000 * 8192 / 2e9)
+
+
+@pytest.mark.parametrize(
+    "slots,density,expected",
+    [(1000, None, (ASSUMED_DENSITY, 1.0)), (300, None, (ASSUMED_DENSITY, ASSUMED_HITS)), (300, 0.4, (0.4, 0.0))],
+)
+def test_what_nobody_measured_is_assumed_and_named(slots: float, density: float | None, expected: object) -> None:
+    found = expect(shape("predict", slots, density), drive(1e9), 10e9, None, None)
+    assert (found.density, found.hit_rate) == expected
+    assert ("assumed" in found.density_from) == (density is None)
+
+
+def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    found = checkpoint_shape(tmp_path, "7GB", "predict", 16)
+    assert (found.layers, found.records, found.record_bytes) == (32, 11008, 3 * 8192)
+    assert found.resident == pytest.approx(32 * 4 * 4096 * 8192 + 2 * 32000 * 8192 + 32 * 11008 * 1152, rel=0.02)
+    assert 0.1 < found.slots / 11008 < 0.3
+    assert checkpoint_shape(tmp_path, "2.6GB", "predict", 4).record_bytes == 6912
+    with pytest.raises(UsageError, match="--dram 1GB: resident weights"):
+        checkpoint_shape(tmp_path, "1GB", "predict", 16)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint_shape(tmp_path, None, "predict", 16)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(command, "MEMORY_BYTES", 1 << 20)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    save_curve(drive(1e9, device_name(tmp_path)), tmp_path / "cache/flashsparse", tmp_path)
+    arguments = [str(tmp_path), "--dram", "7GB", "--plot", str(tmp_path / "curve.png")]
+    shown = CliRunner().invoke(command.doctor, arguments, catch_exceptions=False).output
+    for part in ("measured before", "1.00", "assumed; set it with --density", "expect         at most"):
+        assert part in shown
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+    facts = json.loads(CliRunner().invoke(command.doctor, [*arguments, "--json"], catch_exceptions=False).output)
+    assert facts["memory"] > 0
+    assert facts["outlook"]["tokens_per_second"] > 0
+    assert facts["curve"]["sequential"] == 2e9
