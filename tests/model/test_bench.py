@@ -15,7 +15,7 @@ import pytest
 
 import flashsparse
 from bench import convert as convert_bench
-from bench import mlx_lm_peer, peers, prefill
+from bench import mlx_lm_peer, peers, prefill, scaling
 from bench.activity import PROFILES
 from bench.ceilings import Ceilings, Limit, drive_rate, limit_of, memory_rate, touched_bytes
 from bench.decode import check, summarize, table
@@ -23,7 +23,7 @@ from bench.decode_run import Decode, off_profile, read_sequence
 from bench.gguf_model import write_gguf
 from bench.packs import make_pack, sequence_path
 from bench.rungs import RUNGS, SplitPool, forget
-from bench.synthetic import Shape, write
+from bench.synthetic import SHAPES, Shape, thresholds, write
 from flashsparse.flash import FlashFile, ReadPool
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.safetensors import read_header, read_tensor
@@ -244,6 +244,44 @@ def test_gguf_files_hold_the_synthetic_model(tmp_path: Path, checkpoint: Path) -
         assert np.array_equal(stored[f"blk.1.{ours}.weight"], raw)
     query = read_tensor(header, "model.layers.1.self_attn.q_proj.weight").view(np.float16)
     assert np.array_equal(stored["blk.1.attn_q.weight"][1], query[32])  # the second half of the first head, interleaved
+
+
+def test_scaling_points_are_made_measured_and_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(scaling.SHAPES, "small", SHAPE)
+    monkeypatch.setattr(scaling, "BUDGETS", (0.5, 1.0))
+    monkeypatch.setattr(scaling, "write", _write)
+    args = argparse.Namespace(work=tmp_path, shape="small", profile="paper", kind="exact-16", prompt=8, tokens=8)
+    points = list(scaling.budgets(args))
+    floor, everything = points[0].x, points[1].x
+    assert floor < everything and points[1].options == {"dram": str(everything)}
+    assert list(tmp_path.iterdir()) == []
+
+
+def _write(*args: Any) -> None:
+    with contextlib.suppress(ValueError):
+        write(*args)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.3])
+def test_a_denser_profile_has_that_density(density: float) -> None:
+    profile = scaling.denser("paper", density)
+    limits = thresholds(200_000, profile, np.random.default_rng(0))
+    drive = np.random.default_rng(1).standard_normal(limits.shape)
+    assert float((drive > limits).mean()) == pytest.approx(density, abs=0.005)
+
+
+def test_the_shapes_have_their_sizes() -> None:
+    sizes = {name: scaling.weights(SHAPES[name]) / 1e9 for name in scaling.SIZES}
+    assert {name: round(size, 1) for name, size in sizes.items()} == {"1b": 1.1, "3b": 3.0, "7b": 6.7, "13b": 13.0}
+
+
+def test_scaling_draws_measured_points_and_the_limit(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    point = {"x": 7e9, "decode_tps": [2.0, 3.0], "limit_tps": 4.0, "hit_rate": 0.5, "density": 0.1,
+             "flash_bytes_per_token": 1e6, "budget_bytes": 7_000_000_000}  # fmt: skip
+    scaling.draw(tmp_path / "plot.png", "size", [point, {**point, "x": 3e9}])
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    assert scaling.table("size", [point]).splitlines()[-1].split()[0] == "7.0B"
 
 
 @pytest.mark.slow
