@@ -5,7 +5,9 @@ Needs the right to make control groups (usually root). Page cache that the comma
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1
 V1 = Path("/sys/fs/cgroup/memory")
 V2 = Path("/sys/fs/cgroup")
 
@@ -58,6 +61,7 @@ def run_limited(command: Sequence[str], limit_bytes: int, echo: bool = True, qui
 
 def _run(command: Sequence[str], procs: Path, echo: bool, quiet: bool) -> tuple[int, str, str]:
     def enter() -> None:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a benchmark that is killed leaves nobody behind
         procs.write_text(str(os.getpid()))
 
     lines = []

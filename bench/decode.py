@@ -115,7 +115,16 @@ def summarize(runs: list[dict[str, Any]], ceilings: Ceilings) -> dict[str, Any]:
     memory = first["touched_bytes_per_token"] / ceilings.memory
     limit = Limit(reading, memory, overlapped=first["tier"] == "predict")
     step = mean_deviation([run["step_s"] for run in runs])[0]
-    kept = ("step_s", "reading_s", "computing_s", "bookkeeping_s", "bookkeeping_share", "prefill_tps", "load_s")
+    kept = (
+        "step_s",
+        "reading_s",
+        "computing_s",
+        "bookkeeping_s",
+        "bookkeeping_share",
+        "cpu_s",
+        "prefill_tps",
+        "load_s",
+    )
     return {
         "decode_tps": [run["decode_tps"] for run in runs],
         "limit_s": {"reading": reading, "memory": memory, "both": limit.seconds},
@@ -149,6 +158,7 @@ def show(result: dict[str, Any]) -> None:
         ("decode", f"{shown(result['decode_tps'])} tokens/s"),
         ("step", ", ".join(f"{name} {1e3 * mean_deviation(result[name + '_s'])[0]:.1f} ms"
                            for name in ("reading", "computing", "bookkeeping")) + f" of {1e3 * step:.1f} ms"),
+        ("processor", f"{1e3 * mean_deviation(result['cpu_s'])[0]:.0f} ms of all threads per token, waits not counted"),
         ("bookkeeping", f"{100 * mean_deviation(result['bookkeeping_share'])[0]:.1f} % of a step"),
         ("native", ", ".join(f"{name[3:]} {ms:.1f}" for name, ms in list(run["native_ms"].items())[:8])),
         ("flash", f"{format_bytes(round(run['flash_bytes_per_token']))} in {run['flash_reads_per_token']:.0f} reads"),

@@ -116,11 +116,12 @@ class Decode:
             if self.rung is not None and self.rung.start is not None:
                 self.rung.start(self.engine, self.recorded)
             self.engine.observe(self._observe)
-            before, reads = self.engine.counters.copy(), self._reads()
+            before, reads, cpu = self.engine.counters.copy(), self._reads(), time.process_time()
             with native_time() as self.native:
                 for token in self.tokens[self.prompt :]:
                     self.steps.append(self._step(session, token))
             self.cost, self.reads = self.engine.counters - before, self._reads() - reads
+            self.cpu_s = time.process_time() - cpu
             self.engine.observe(None)
         self.peak = self.engine.peak_memory()  # before the figures below take memory of their own
         return self
@@ -164,6 +165,7 @@ class Decode:
             else measure(by_layer, engine.manifest.intermediate_size, hot),
             **figures(self.cost, self.native, count, sum(self.steps)),
             "flash_reads_per_token": self.reads / count,
+            "cpu_s": self.cpu_s / count,
             "touched_bytes_per_token": touched_bytes(engine.manifest, self.cost, count, context),
             "prefill_flash_bytes": self.prefill.flash_bytes,
             "peak_memory_bytes": self.peak,
