@@ -79,15 +79,15 @@ def run(args: argparse.Namespace, rung: Rung, tokens: list[int], hot: list[list[
     """Load, prefill the prompt, decode the rest one by one; the first decoded token is not timed apart."""
     options = {"dram": args.dram, "max_kv_size": args.max_kv_size or len(tokens), "read_mode": args.read_mode,
                "threads": args.threads, "io_threads": args.io_threads, **rung.load}  # fmt: skip
-    with flashsparse.load(args.pack, **options) as engine:
+    with native_time() as native, flashsparse.load(args.pack, **options) as engine:
         if engine.manifest.tier not in rung.tiers:
             sys.exit(f"rung {rung.name} needs a pack of tier {' or '.join(rung.tiers)}, not {engine.manifest.tier}")
         sets: Sets | None = None
         if rung.replayed:
-            sets = Decode(engine, tokens, args.prompt).run().sets
+            sets = Decode(engine, tokens, args.prompt, native).run().sets
             if rung.forgets:
                 forget(engine)
-        return Decode(engine, tokens, args.prompt, rung, sets).run().report(hot)
+        return Decode(engine, tokens, args.prompt, native, rung, sets).run().report(hot)
 
 
 class Decode:
@@ -98,11 +98,12 @@ class Decode:
         engine: flashsparse.Engine,
         tokens: list[int],
         prompt: int,
+        native: NativeTime,
         rung: Rung | None = None,
         recorded: Sets | None = None,
     ) -> None:
         self.engine, self.tokens, self.prompt = engine, tokens, prompt
-        self.rung, self.recorded = rung, recorded
+        self.native, self.rung, self.recorded = native, rung, recorded
         self.sets: Sets = []
         self.best: list[int] = []
         self.steps: list[float] = []
@@ -117,9 +118,9 @@ class Decode:
                 self.rung.start(self.engine, self.recorded)
             self.engine.observe(self._observe)
             before, reads, cpu = self.engine.counters.copy(), self._reads(), time.process_time()
-            with native_time() as self.native:
-                for token in self.tokens[self.prompt :]:
-                    self.steps.append(self._step(session, token))
+            self.native.clear()
+            for token in self.tokens[self.prompt :]:
+                self.steps.append(self._step(session, token))
             self.cost, self.reads = self.engine.counters - before, self._reads() - reads
             self.cpu_s = time.process_time() - cpu
             self.engine.observe(None)

@@ -135,8 +135,9 @@ class SplitPool:
         lengths: np.ndarray,
         needs: np.ndarray,
         dests: np.ndarray,
+        order: np.ndarray | None = None,
     ) -> SplitBatch:
-        """As ReadPool.submit."""
+        """As ReadPool.submit; `order`: what the batch calls read i, order[i]."""
         lengths, needs = np.asarray(lengths, np.int64), np.asarray(needs, np.int64)
         step = -(-lengths // (PIECES * self._sector)) * self._sector
         starts = [np.minimum(part * step, lengths) for part in range(PIECES + 1)]
@@ -151,18 +152,34 @@ class SplitPool:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         each = [files[n] for n in owner] if isinstance(files, Sequence) else files
         batch = self._pool.submit(each, *columns)
-        return SplitBatch(batch, owner, len(lengths))
+        return SplitBatch(batch, owner, len(lengths), order)
+
+    def submit_runs(
+        self,
+        files: Sequence[FlashFile],
+        reads: np.ndarray,
+        firsts: np.ndarray,
+        runs: int,
+        order: np.ndarray | None = None,
+    ) -> SplitBatch:
+        """As ReadPool.submit_runs, but every read stands alone, in pieces."""
+        return self.submit(files, reads["offset"], reads["length"], reads["need"], reads["dest"], order)
 
 
 class SplitBatch:
     """As Batch: a read is finished when all of its pieces are."""
 
-    def __init__(self, batch: Batch, owner: np.ndarray, count: int) -> None:
-        self._batch, self._owner = batch, owner
+    def __init__(self, batch: Batch, owner: np.ndarray, count: int, order: np.ndarray | None) -> None:
+        self._batch, self._owner, self._order = batch, owner, order
         self._left = np.bincount(owner, minlength=count)
         self._empty = np.flatnonzero(self._left == 0).astype(np.int32)
 
-    def take(self) -> np.ndarray:
+    def take(self, least: int = 1) -> np.ndarray:
+        """The reads that are finished; one is enough, whatever `least` says."""
+        done = self._take()
+        return done if self._order is None else self._order[done]
+
+    def _take(self) -> np.ndarray:
         empty, self._empty = self._empty, self._empty[:0]
         if len(empty):
             return empty

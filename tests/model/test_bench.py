@@ -21,6 +21,7 @@ from bench.ceilings import Ceilings, Limit, drive_rate, limit_of, memory_rate, t
 from bench.decode import check, summarize, table
 from bench.decode_run import Decode, off_profile, read_sequence
 from bench.gguf_model import write_gguf
+from bench.native_time import native_time
 from bench.packs import make_pack, sequence_path
 from bench.rungs import RUNGS, SplitPool, forget
 from bench.synthetic import SHAPES, Shape, thresholds, write
@@ -54,13 +55,14 @@ def exact(checkpoint: Path) -> Path:
 def run(pack: Path, name: str, **options: Any) -> Decode:
     rung = RUNGS[name]
     tokens, _ = read_sequence(sequence_path(pack), PROMPT + TOKENS)
-    with flashsparse.load(pack, **{"slots": 64, "max_kv_size": 32, **options, **rung.load}) as engine:
+    load = {"slots": 64, "max_kv_size": 32, **options, **rung.load}
+    with native_time() as native, flashsparse.load(pack, **load) as engine:
         sets = None
         if rung.replayed:
-            sets = Decode(engine, tokens, PROMPT).run().sets
+            sets = Decode(engine, tokens, PROMPT, native).run().sets
             if rung.forgets:
                 forget(engine)
-        return Decode(engine, tokens, PROMPT, rung, sets).run()
+        return Decode(engine, tokens, PROMPT, native, rung, sets).run()
 
 
 def test_rungs_with_the_same_sets_give_the_same_logits(pack: Path) -> None:
@@ -69,9 +71,8 @@ def test_rungs_with_the_same_sets_give_the_same_logits(pack: Path) -> None:
     assert len({decode.digest.hexdigest() for decode in done.values()}) == 1
     assert done["slots"].cost.flash_reads == 0
     assert done["no-window"].cost.hits == 0
-    # Three reads for each miss, where a record is larger than two sectors; one where it is bundled.
-    assert done["default"].reads == done["default"].cost.misses
-    assert done["window"].reads > done["default"].reads
+    assert done["default"].reads == done["default"].cost.flash_reads <= done["default"].cost.misses
+    assert done["window"].reads > done["window"].cost.misses  # in pieces, where a record is larger than two sectors
 
 
 def test_the_floor_rungs_give_the_dense_result_and_read_everything(pack: Path) -> None:
