@@ -66,13 +66,23 @@ def run(pack: Path, name: str, **options: Any) -> Decode:
 
 
 def test_rungs_with_the_same_sets_give_the_same_logits(pack: Path) -> None:
-    names = ("default", "sets", "window", "no-window", "oracle", "slots")
+    names = ("default", "sets", "window", "no-window", "bundles", "oracle", "slots")
     done = {name: run(pack, name, **({"slots": None} if name == "slots" else {})) for name in names}
     assert len({decode.digest.hexdigest() for decode in done.values()}) == 1
     assert done["slots"].cost.flash_reads == 0
     assert done["no-window"].cost.hits == 0
-    assert done["default"].reads == done["default"].cost.flash_reads <= done["default"].cost.misses
+    assert done["bundles"].reads == done["bundles"].cost.flash_reads <= done["bundles"].cost.misses
     assert done["window"].reads > done["window"].cost.misses  # in pieces, where a record is larger than two sectors
+
+
+def test_forgetting_ends_what_was_read_ahead(pack: Path) -> None:
+    tokens, _ = read_sequence(sequence_path(pack), PROMPT + TOKENS)
+    with native_time() as native, flashsparse.load(pack, slots=64, max_kv_size=32, lookahead="on") as engine:
+        first = Decode(engine, tokens, PROMPT, native).run()
+        forget(engine)
+        second = Decode(engine, tokens, PROMPT, native).run()
+    assert first.digest.hexdigest() == second.digest.hexdigest()
+    assert first.cost.hits == second.cost.hits
 
 
 def test_the_floor_rungs_give_the_dense_result_and_read_everything(pack: Path) -> None:
