@@ -8,7 +8,6 @@ limit, without, their sum.
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from flashsparse.stats import Counters
 
 DEPTHS = (4, 8, 16, 32)
-_ARENA = 1 << 26  # bytes that random reads land in
+_PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Limit:
 
 
 def measure_ceilings(manifest: Manifest, threads: int, seconds: float = 0.5) -> Ceilings:
-    """Both rates, measured for `seconds` for each depth and for memory; needs 64 MiB and then 256 MiB."""
+    """Both rates, measured for `seconds` for each depth and for memory; needs 256 MiB."""
     size = manifest.record.bytes
     paths = [manifest.flash_path(layer) for layer in range(manifest.layers)]
     rates = {depth: drive_rate(paths, size, depth, seconds) for depth in DEPTHS}
@@ -68,54 +67,32 @@ def measure_ceilings(manifest: Manifest, threads: int, seconds: float = 0.5) -> 
 
 
 def drive_rate(paths: list[Path], read_bytes: int, depth: int, seconds: float) -> float:
-    """Bytes per second of direct reads at random places of the files, `depth` in flight, nothing else done."""
-    from flashsparse.flash import FlashFile, ReadPool
+    """Bytes per second of bare direct reads at random places, `depth` in flight: of two of the files, the better."""
+    from flashsparse.flash import FlashFile
+    from flashsparse.flash.curve import Loop
 
     rng = np.random.default_rng(0)
-    files = [FlashFile(path) for path in paths]
-    sector = max(file.sector for file in files)
-    length = -(-read_bytes // sector) * sector
-    arena = np.empty(_ARENA + 4096, np.uint8)
-    base = -(-arena.ctypes.data // 4096) * 4096
-    count = max(depth, min(_ARENA // length, 8 * depth))
-    done, began = 0, time.perf_counter()
-    try:
-        with ReadPool(depth) as pool:
-            while time.perf_counter() - began < seconds:
-                chosen = [files[n] for n in rng.integers(0, len(files), count)]
-                starts = np.array([int(rng.integers(0, max(1, (f.size - length) // sector))) * sector for f in chosen])
-                lengths = np.full(count, length)
-                needs = np.minimum(lengths, [f.size - s for f, s in zip(chosen, starts, strict=True)])
-                dests = base + np.arange(count, dtype=np.uint64) % max(1, _ARENA // length) * length
-                with pool.submit(chosen, starts, lengths, needs, dests) as batch:
-                    batch.wait()
-                done += int(needs.sum())
-        return done / (time.perf_counter() - began)
-    finally:
-        for file in files:
-            file.close()
+    found = []
+    for path in (paths[0], paths[len(paths) // 2]):
+        with FlashFile(path) as file, Loop(depth * (read_bytes + 2 * _PAGE)) as loop:
+            size = -(-read_bytes // file.sector) * file.sector
+            places = rng.integers(0, max(1, (file.size - size) // _PAGE), 4096) * _PAGE
+            found.append(loop.rate(file, places, size, depth, seconds / 2))
+    return max(found)
 
 
 def memory_rate(threads: int, seconds: float = 0.5) -> float:
-    """Bytes per second that `threads` threads read from arrays far larger than the caches."""
-    floats = (1 << 28) // 4 // threads
-    parts = [np.ones(floats, np.float32) for _ in range(threads)]
-    ends = time.perf_counter() + seconds
+    """Bytes per second that `threads` threads read from an array far larger than the caches: the best pass."""
+    from flashsparse import native
 
-    def read(part: np.ndarray) -> int:
-        done = 0
-        while True:
-            for start in range(0, floats, 1 << 18):  # a dot product with itself reads each value once
-                piece = part[start : start + (1 << 18)]
-                np.dot(piece, piece)
-                done += piece.nbytes
-            if time.perf_counter() >= ends:
-                return done
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(threads) as pool:
-        total = sum(pool.map(read, parts))
-    return total / (time.perf_counter() - began)
+    buffer = np.ones(1 << 28, np.uint8)
+    best, began = 0.0, time.perf_counter()
+    with native.Workers(threads) as workers:
+        while not best or time.perf_counter() - began < seconds:
+            start = time.perf_counter()
+            native.memory_read(workers, buffer)
+            best = max(best, buffer.nbytes / (time.perf_counter() - start))
+    return best
 
 
 def touched_bytes(manifest: Manifest, cost: Counters, tokens: int, context: float) -> float:
