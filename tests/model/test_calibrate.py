@@ -18,8 +18,9 @@ import zstandard
 from click.testing import CliRunner
 
 import flashsparse
-from converter import convert, states, walk
+from converter import states, walk
 from converter.calibrate import calibrate
+from converter.convert import convert
 from converter.model import open_model
 from converter.text import TextTokenizer, read_ids
 from flashsparse.cli.calibrate import calibrate as command
