@@ -31,7 +31,6 @@ def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: 
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
         layer.input_layernorm = Hinting(layer.input_layernorm, ffns[index])
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
-        layer.input_layernorm = Hinting(layer.input_layernorm, ffns[index])
     norm(model.model.norm, store, "model.norm")
     embedding = store.weight("model.embed_tokens")
     model.model.embed_tokens = Embedding(kernels, embedding, config.get("embedding_multiplier", 1.0))

@@ -45,7 +45,6 @@ class DecoderLayer(nn.Module):
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
         hint(self.mlp.streamed, x)
         if self.norm_first:
-            hint(self.mlp.streamed, x)
             x = x + self.self_attn(self.self_attn_layer_norm(x), cache=cache)
             return x + self.mlp(self.final_layer_norm(x))
         x = self.self_attn_layer_norm(x + self.self_attn(x, cache=cache))

@@ -97,6 +97,12 @@ class Listening:
     def start(self, h: np.ndarray) -> None:
         self.heard.append(h.copy())
 
+    def claim(self, ids: np.ndarray) -> None:
+        """Nothing was read."""
+
+    def drop(self) -> None:
+        """Nothing is under way."""
+
 
 @pytest.mark.parametrize("name", ["llama-gqa-tied-relu", "opt-pre-relu", "opt-post-proj-relu"])
 def test_both_paths_hint_the_residual_stream_of_single_tokens(name: str, tmp_path: Path) -> None:
