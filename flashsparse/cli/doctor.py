@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from flashsparse.flash.curve import Curve
+    from flashsparse.machine import Curve
     from flashsparse.outlook import Outlook, Shape
-
-MEMORY_BYTES = 256 << 20
 
 
 @click.command()
@@ -49,6 +47,7 @@ def doctor(
     The curve is measured once for each drive, in a few seconds, on the pack's own files or on a temporary file of
     512 MiB, and kept in the user's cache; reading then follows it.
     """
+    from flashsparse.machine import find_curve, memory_rate
     from flashsparse.outlook import checkpoint_shape, expect, pack_shape
 
     if plot is not None:
@@ -60,52 +59,17 @@ def doctor(
         shape = pack_shape(model, dram)
     elif model is not None:
         shape = checkpoint_shape(model, dram, tier, int(bits))
-    curve, known = find_curve(at or model or Path(), again)
+    curve, known = find_curve(at or model or Path(), again, lambda problem: click.echo(problem, err=True))
     memory = memory_rate(threads)
     outlook = expect(shape, curve, memory, density, hit_rate) if shape else None
     if plot is not None:
-        from flashsparse.flash.curve_plot import draw_curve
+        from flashsparse.curve_plot import draw_curve
 
         draw_curve(plot, curve, shape.record_bytes if shape else None)
     if as_json:
         click.echo(json.dumps(report(curve, memory, shape, outlook)))
         return
     click.echo("\n".join(lines(curve, known, memory, shape, outlook)))
-
-
-def find_curve(folder: Path, again: bool) -> tuple[Curve, bool]:
-    """The curve of the drive under `folder`, and whether it was known; measured and kept otherwise."""
-    from flashsparse.flash.curve import load_curve, measure, save_curve
-    from flashsparse.places import cache_dir
-
-    found = None if again else load_curve(cache_dir(), folder)
-    if found is not None:
-        return found, True
-    curve = measure(folder, sorted(folder.glob("flash-*.safetensors")))
-    try:
-        save_curve(curve, cache_dir(), folder)
-    except OSError as error:
-        click.echo(f"the curve could not be kept: {error}", err=True)
-    return curve, False
-
-
-def memory_rate(threads: int | None) -> float:
-    """Bytes per second that reading memory in order reaches, the best of a few passes."""
-    import os
-    import time
-
-    import numpy as np
-
-    from flashsparse import native
-
-    buffer = np.ones(MEMORY_BYTES // 8, np.uint64)
-    best = 0.0
-    with native.Workers(threads or os.cpu_count() or 1) as workers:
-        for _ in range(6):
-            began = time.perf_counter()
-            native.memory_read(workers, buffer)
-            best = max(best, buffer.nbytes / (time.perf_counter() - began))
-    return best
 
 
 def report(curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | None) -> dict[str, Any]:
@@ -132,7 +96,7 @@ def lines(curve: Curve, known: bool, memory: float, shape: Shape | None, outlook
 
 
 def _table(name: str, rates: Any) -> list[str]:
-    from flashsparse.flash.curve import DEPTHS, SIZES
+    from flashsparse.machine import DEPTHS, SIZES
 
     if rates is None:
         why = "refused by the file system" if name == "direct" else "the page cache could not be emptied"

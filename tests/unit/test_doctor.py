@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from flashsparse import machine
 from flashsparse.cli import doctor as command
 from flashsparse.errors import CheckpointError, UsageError
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, save_curve
@@ -73,7 +74,7 @@ def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(command, "MEMORY_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "MEMORY_BYTES", 1 << 20)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     save_curve(drive(1e9, device_name(tmp_path)), tmp_path / "cache/flashsparse", tmp_path)
     arguments = [str(tmp_path), "--dram", "7GB", "--plot", str(tmp_path / "curve.png")]
