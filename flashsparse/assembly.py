@@ -7,7 +7,7 @@ family's (`flashsparse.models`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -56,8 +56,8 @@ class Assembly:
             tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
         )
         curve = load_curve(cache_dir(), m.path)
-        if curve is not None:
-            self.merging = curve.merging(m.record.stride)
+        merging = self.merging if curve is None else curve.merging(m.record.stride)
+        self.merging = replace(merging, longest=sizes.staging_bytes())
         choosers = self._choosers()
         return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
 

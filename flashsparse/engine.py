@@ -185,7 +185,7 @@ class Engine:
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
         self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
         if self._pool is None:
-            self._pool = ReadPool(options.io_threads)
+            self._pool = ReadPool(options.io_threads, self._sizes.staging_bytes())
         quants: dict[int, Mapping[str, Quant]] = {0: self.manifest.resident_quant}
         if self.tier == "predict" and pack.predictor is not None:
             quants[pack.predictor] = predictor_quant(self.manifest)

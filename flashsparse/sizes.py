@@ -24,6 +24,7 @@ MAX_TILE_BYTES = 32 << 20
 MIN_TILE_BYTES = 128 << 10
 HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
 ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
+STAGING_SHARE = 64  # of a layer, that one request for several records brings at most
 THREAD_BYTES = 16 << 10  # stack that a thread touches
 KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
 LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
@@ -71,7 +72,7 @@ class Sizes:
             "overhead": PROCESS_BYTES
             + (LAYER_BYTES + (RECORD_BYTES * m.intermediate_size if floor else 0)) * m.layers
             + THREAD_BYTES * (self.io_threads + self.threads)
-            + STAGING_BYTES * self.io_threads
+            + self.staging_bytes() * self.io_threads
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
             "records": m.intermediate_size,
             "layers": m.layers,
@@ -81,6 +82,11 @@ class Sizes:
             "densities": densities if densities and None not in densities and slots is None else None,
             "whole": [index for index, layer in enumerate(layers) if layer.every],
         }
+
+    def staging_bytes(self) -> int:
+        """Of each read thread, for requests that bring several records: little where a layer is small."""
+        share = self._layer_bytes() // STAGING_SHARE // 4096 * 4096
+        return min(max(share, 16 << 10), STAGING_BYTES)
 
     def begun_bytes(self) -> int:
         """What the read pool may have taken before anything else is allocated; a part of the plan's overhead."""

@@ -23,7 +23,7 @@ READ = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("fd", "<i4"), ("reserved", "<i4")]
 )
 FAILED, UNKNOWN = -1, -2
-STAGING_BYTES = 128 << 10  # of each thread, for a request that brings several records
+STAGING_BYTES = 128 << 10  # of each thread at most, for a request that brings several records
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,16 @@ class Counters:
 class ReadPool:
     """`threads` native threads that read. Thread-safe; batches are served in the order they were submitted.
 
+    `staging`: bytes of each thread, a multiple of 4096; records whose request is longer are read one by one.
     Belongs to the process that made it: a fork has none of the threads, and using it there raises SessionError.
     """
 
-    def __init__(self, threads: int = 16) -> None:
+    def __init__(self, threads: int = 16, staging: int = STAGING_BYTES) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.threads, self.closed = threads, False
         self._process, self._numbers = os.getpid(), itertools.count(1)
-        self._handle = lib().fs_pool_create(threads, STAGING_BYTES)
+        self._handle = lib().fs_pool_create(threads, staging)
         if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} read threads")
 

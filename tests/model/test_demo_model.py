@@ -9,6 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +116,14 @@ def test_the_demo_counts_what_the_system_counts(pack: Path, budgets: dict[str, i
 def _system(counter: str) -> int:
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)[counter])
+
+
+def test_the_demo_command_fits_its_budget(tmp_path: Path) -> None:
+    """`flashsparse demo` as a new user runs it: converted into an empty cache, streamed under less than the model."""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "flashsparse", "demo", "-n", "8", "--seed", "1"]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=environment, stdin=subprocess.DEVNULL
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "peak memory" in ran.stdout + ran.stderr
