@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "marks.h"
 #include "workers.h"
 
 namespace {
@@ -59,19 +60,6 @@ struct Block {
     }
 };
 
-int64_t numbers_of_any(const uint8_t* mask, int64_t tokens, int64_t rows, int32_t* ids) {
-    for (int64_t i = 0; i < rows; i++) ids[i] = 0;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < rows; i++) ids[i] |= mask[t * rows + i];
-    int64_t count = 0;  // the marks become numbers in place: count never passes i
-    for (int64_t i = 0; i < rows; i++) {
-        int32_t any = ids[i];
-        ids[count] = int32_t(i);
-        count += any;
-    }
-    return count;
-}
-
 }  // namespace
 
 extern "C" {
@@ -91,7 +79,7 @@ int64_t fs_candidates(fs_workers* workers, const fs_compact* copy, const float* 
         job.rows_per_task = rows_per_task(*copy, job.tokens);
         workers->run(kernels().candidates, &job, (copy->rows + job.rows_per_task - 1) / job.rows_per_task, 0);
     }
-    return numbers_of_any(mask, T, copy->rows, ids);
+    return fs::numbers_of_any(mask, T, copy->rows, ids);
 }
 
 }  // extern "C"

@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "flashsparse.h"
+#include "marks.h"
 #include "timing.h"
 
 namespace {
@@ -50,19 +51,6 @@ void keep_largest(const float* scores, int64_t n, int64_t k, uint8_t* mask) {
     }
 }
 
-int64_t numbers_of_any(const uint8_t* mask, int64_t tokens, int64_t n, int32_t* ids) {
-    for (int64_t i = 0; i < n; i++) ids[i] = 0;
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t i = 0; i < n; i++) ids[i] |= mask[t * n + i];
-    int64_t count = 0;  // the marks become numbers in place: count never passes i
-    for (int64_t i = 0; i < n; i++) {
-        int32_t any = ids[i];
-        ids[count] = int32_t(i);
-        count += any;
-    }
-    return count;
-}
-
 }  // namespace
 
 extern "C" {
@@ -70,7 +58,7 @@ extern "C" {
 int64_t fs_select(const float* scores, int64_t T, int64_t I, float threshold, uint8_t* mask, int32_t* ids) {
     fs::Timed timed;
     select_above(scores, T * I, threshold, mask);
-    return numbers_of_any(mask, T, I, ids);
+    return fs::numbers_of_any(mask, T, I, ids);
 }
 
 int64_t fs_select_topk(const float* scores, int64_t T, int64_t I, int64_t k, float threshold, uint8_t* mask,
@@ -78,7 +66,7 @@ int64_t fs_select_topk(const float* scores, int64_t T, int64_t I, int64_t k, flo
     fs::Timed timed;
     select_above(scores, T * I, threshold, mask);
     for (int64_t t = 0; t < T && k < I; t++) keep_largest(scores + t * I, I, k, mask + t * I);
-    return numbers_of_any(mask, T, I, ids);
+    return fs::numbers_of_any(mask, T, I, ids);
 }
 
 }  // extern "C"
