@@ -42,8 +42,10 @@ def copy_rows(rows: np.ndarray, dtype: str) -> dict[str, np.ndarray]:
 
 def _steps(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scales [n, groups], bf16 rounded up, and a sixteenth of them as float32 [n, groups, 1]: what low counts."""
-    least = np.abs(weights).max(axis=2) * np.float32(16 * (1 + 2.0**-20) / TOP)
+    largest = np.abs(weights).max(axis=2)
+    least = largest * np.float32(16 * (1 + 2.0**-20) / TOP)
     scales = ((least.view(np.uint32).astype(np.uint64) + 0xFFFF) >> 16).astype(np.uint16)
+    scales[(scales == 0) & (largest > 0)] = 1  # the product underflowed; a scale of zero would bound nothing
     steps = (scales.astype(np.uint32) << 16).view(np.float32) / np.float32(16)
     return scales, steps[..., None]
 

@@ -91,6 +91,14 @@ def test_names_few_more_than_are_active() -> None:
     assert 0.1 < refined / (8 * 700) < 0.2  # pairs whose low bits were read
 
 
+def test_the_smallest_weights_have_a_scale() -> None:
+    """Weights of a few subnormal steps: 16 / 2039 of them is zero in float32."""
+    data, x = (normal(24, 1) * 1e-43).astype(np.float32), np.array([[9e4]], np.float32)
+    bias = -np.abs(data[:, 0] * x[0, 0]) * np.float32(1 - 2.0**-20)
+    assert (copy_rows(data, "F32")["scales"][data != 0] > 0).all()
+    check(data, "F32", x, bias)
+
+
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_misses_nothing_of_any_magnitude(data: st.DataObject) -> None:
