@@ -80,10 +80,10 @@ def score(
     """Scores float32 [T, I] by a low-bit copy, and the bits of those not below the threshold (NaN is not below).
 
     `rounded`: of `round_tokens`, with the copy's group. weight uint32 [I, d * bits / 32], scales and biases
-    [I, d / group], bits 1, 2 or 4; bias float32 [I]. `magnitude`: the score is |silu| of the product.
+    [I, d / group], bits 1 to 4; bias float32 [I]. `magnitude`: the score is |silu| of the product.
     """
-    if bits not in (1, 2, 4):
-        raise ValueError(f"copies of {bits} bits: expected 1, 2 or 4")
+    if not 1 <= bits <= 4:
+        raise ValueError(f"copies of {bits} bits: expected 1 to 4")
     tokens, d = rounded[0].shape
     neurons, words = weight.shape[0], words_of(weight.shape[0])
     extra = [] if bias is None else [bias]
@@ -91,7 +91,7 @@ def score(
         "score",
         ("q", "steps", "totals", "weight", "scales", "biases", "limits", "threshold", *(["bias"] if extra else [])),
         ("scores", "bits"),
-        ("rows",),
+        ("rows", "low_bits"),
         (f"HAS_BIAS={len(extra)}",),
     )
     scores, kept = built(
@@ -228,7 +228,7 @@ def rounded_reference(x: mx.array, group: int) -> mx.array:
 
 
 def score_reference(x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, bits: int) -> mx.array:
-    """float32 [T, I]: what `score` computes without bias, by MLX's quantized product (2 and 4 bits)."""
+    """float32 [T, I]: what `score` computes without bias, by MLX's quantized product (2, 3 and 4 bits)."""
     group = x.shape[1] // scales.shape[1]
     wide = scales.astype(mx.float32), biases.astype(mx.float32)
     rows = rounded_reference(x, group)

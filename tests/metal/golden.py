@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from metal_kernels import launch, select, sparse_ffn
+from metal_kernels import launch, select, sparse_ffn, value
 from metal_kernels.records import FLOATS, Record
 from tests.metal.harness import metal_on_cpu
 
@@ -55,7 +55,7 @@ def _record(form: str, source: str) -> Record:
 
 def cases() -> dict[str, Callable[[], object]]:
     """Each golden file's name without its ending, and what calls the kernel."""
-    return {**_ffn_cases(), **_select_cases()}
+    return {**_ffn_cases(), **_select_cases(), **_score_cases()}
 
 
 def small_cases() -> dict[str, Callable[[], object]]:
@@ -70,6 +70,10 @@ def small_cases() -> dict[str, Callable[[], object]]:
         "lookup": lambda: select.lookup(ids, one, ids, ids, 4096),
         "sum": lambda: sparse_ffn.total(mx.zeros((1, 1, 4))),
     }
+    rounded = mx.zeros((1, 64), mx.int8), mx.zeros((1, 1)), mx.zeros((1, 1))
+    few = value.Copy(mx.zeros((3, 4), mx.uint32), mx.zeros((3, 1)), mx.zeros((3, 1)), 2, mx.zeros((3,)))
+    found["value"] = lambda: value.value(rounded, few, few, mx.zeros((3,)), 0.0, "silu")
+    found["score"] = lambda: select.score(rounded, *few.parts, 0.0, bias=few.bias)
     for form, source in FORMATS:
         r = _record(form, source)
         found[f"hidden-{form}"] = lambda r=r: sparse_ffn.hidden(r, slab, at, one, x, gates, mask)
@@ -82,7 +86,7 @@ def _select_cases() -> dict[str, Callable[[], object]]:
     bits, x, wide = mx.zeros((1, 2), mx.uint32), mx.zeros((1, 64)), mx.zeros((1, 64), mx.float32)
     scales = mx.zeros((64, 1), mx.float16)
     rounded = mx.zeros((1, 64), mx.int8), mx.zeros((1, 1)), mx.zeros((1, 1))
-    for number in (1, 2, 4):
+    for number in (1, 2, 3, 4):
         words = mx.zeros((64, 2 * number), mx.uint32)
         found[f"score-Q{number}"] = lambda w=words, n=number: select.score(rounded, w, scales, scales, 0.0, bits=n)
     for name, dtype in FLOATS.items():
@@ -97,6 +101,16 @@ def _select_cases() -> dict[str, Callable[[], object]]:
     found["compact"] = lambda: select.compact(bits, 64)
     found["topk"] = lambda: select.topk(wide, 5)
     found["lookup"] = lambda: select.lookup(ids, one, ids, ids, 4096)
+    return found
+
+
+def _score_cases() -> dict[str, Callable[[], object]]:
+    found: dict[str, Callable[[], object]] = {}
+    rounded = mx.zeros((1, 64), mx.int8), mx.zeros((1, 1)), mx.zeros((1, 1))
+    scales, norms = mx.zeros((64, 1), mx.float16), mx.zeros((64,))
+    for number in (1, 2, 3, 4):
+        copy = value.Copy(mx.zeros((64, 2 * number), mx.uint32), scales, scales, number)
+        found[f"value-Q{number}"] = lambda c=copy: value.value(rounded, c, c, norms, 0.0, "drelu")
     return found
 
 

@@ -66,6 +66,40 @@ inline float activate(float v, float param) {
 
 template <typename S>
 inline float value_at(const device uint8_t* at) { return float(*(const device S*)at); }
+// Header of the kernels that score by low-bit copies: what one of the eight lanes of a row adds to the row's product.
+// Copies are MLX's bit streams: 32 values are BITS words, value i at bit BITS * i, across a word's end at 3 bits. A lane
+// adds the groups part, part + 8, ...; products are exact integers and no operation is fused, so that the bits are the
+// CPU's. The pointers' types are deduced, since short arrays come in the constant address space.
+template <int BITS, int GROUP, typename Words, typename Parts, typename Token, typename Floats>
+inline float row_share(Words weight, Parts scales, Parts biases, Token q, Floats steps, Floats totals, int row, int groups, int part) {
+  float sum = 0.0f;
+  for (int g = part; g < groups; g += 8) {
+    int products = 0;
+    for (int k = 0; k < GROUP / 32; k++) {
+      uint words[BITS + 1];
+      words[BITS] = 0;
+      for (int i = 0; i < BITS; i++) words[i] = weight[(row * groups + g) * (GROUP / 32 * BITS) + k * BITS + i];
+      for (int i = 0; i < 32; i++) {
+        const int bit = BITS * i % 32;
+        uint value = words[BITS * i / 32] >> bit;
+        if (bit + BITS > 32) value |= words[BITS * i / 32 + 1] << (32 - bit);
+        products += int(value & ((1u << BITS) - 1u)) * int(q[g * GROUP + k * 32 + i]);
+      }
+    }
+    const float scaled = float(scales[row * groups + g]) * float(products);
+    const float shifted = float(biases[row * groups + g]) * totals[g];
+    sum += steps[g] * (scaled + shifted);
+  }
+  return sum;
+}
+
+// The eight shares added, in one order; every lane of the row has the same bits.
+inline float row_sum(float sum) {
+  sum += simd_shuffle_xor(sum, 4);
+  sum += simd_shuffle_xor(sum, 2);
+  sum += simd_shuffle_xor(sum, 1);
+  return sum;
+}
 template <int GROUP, int BITS, bool MAGNITUDE>
 [[kernel]] void custom_kernel_fs_score__64_4_0_int8_t_floatc_floatc_uint32_t_float16_t_float16_t_int32_tc_floatc_float_uint32_t(
   const device int8_t* q [[buffer(0)]],
@@ -82,31 +116,17 @@ template <int GROUP, int BITS, bool MAGNITUDE>
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
-// Scores of 32 neurons by a threadgroup of 8 simdgroups, and the word of those not below the threshold.
-// A row is eight lanes': lane l adds the groups l, l + 8, ..., then one fixed final sum, as the CPU's kernels do, so that
-// scores agree in their bits (products are exact integers, and no operation is fused).
+// Scores of 32 neurons by a threadgroup of 8 simdgroups, eight lanes a neuron, and the word of those not below the
+// threshold.
 threadgroup float found[32];
 const int d = q_shape[1], groups = d / GROUP, neurons = limits[0], words = limits[1];
 const int block = int(threadgroup_position_in_grid.x), t = int(threadgroup_position_in_grid.y);
 const int lane = int(thread_index_in_simdgroup), simd = int(simdgroup_index_in_threadgroup);
 const int inner = simd * 4 + lane / 8, row = block * 32 + inner;
-const int per_word = 32 / BITS, row_words = d / per_word;
 float sum = 0.0f;
 if (row < neurons)
-  for (int g = lane & 7; g < groups; g += 8) {
-    int products = 0;
-    for (int k = 0; k < GROUP / per_word; k++) {
-      const uint word = weight[row * row_words + g * (GROUP / per_word) + k];
-      for (int i = 0; i < per_word; i++)
-        products += int(word >> (BITS * i) & ((1u << BITS) - 1u)) * int(q[t * d + g * GROUP + k * per_word + i]);
-    }
-    const float scaled = float(scales[row * groups + g]) * float(products);
-    const float shifted = float(biases[row * groups + g]) * totals[t * groups + g];
-    sum += steps[t * groups + g] * (scaled + shifted);
-  }
-sum += simd_shuffle_xor(sum, 4);
-sum += simd_shuffle_xor(sum, 2);
-sum += simd_shuffle_xor(sum, 1);
+  sum = row_share<BITS, GROUP>(weight, scales, biases, q + t * d, steps + t * groups, totals + t * groups, row, groups, lane & 7);
+sum = row_sum(sum);
 #if HAS_BIAS
 if (row < neurons) sum += bias[row];
 #endif
