@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from metal_kernels import launch, select, sparse_ffn, value
+from metal_kernels import candidates, launch, select, sparse_ffn, value
 from metal_kernels.records import FLOATS, Record
 from tests.metal.harness import metal_on_cpu
 
@@ -73,6 +73,7 @@ def small_cases() -> dict[str, Callable[[], object]]:
     rounded = mx.zeros((1, 64), mx.int8), mx.zeros((1, 1)), mx.zeros((1, 1))
     few = value.Copy(mx.zeros((3, 4), mx.uint32), mx.zeros((3, 1)), mx.zeros((3, 1)), 2, mx.zeros((3,)))
     found["value"] = lambda: value.value(rounded, few, few, mx.zeros((3,)), 0.0, "silu")
+    found["candidates"] = lambda: candidates.candidates(_compact(2), mx.zeros((1, 64)))
     found["score"] = lambda: select.score(rounded, *few.parts, 0.0, bias=few.bias)
     for form, source in FORMATS:
         r = _record(form, source)
@@ -111,7 +112,17 @@ def _score_cases() -> dict[str, Callable[[], object]]:
     for number in (1, 2, 3, 4):
         copy = value.Copy(mx.zeros((64, 2 * number), mx.uint32), scales, scales, number)
         found[f"value-Q{number}"] = lambda c=copy: value.value(rounded, c, c, norms, 0.0, "drelu")
+    found["candidates"] = lambda: candidates.candidates(_compact(64), mx.zeros((1, 64)))
+    for name, dtype in FLOATS.items():
+        x = mx.zeros((1, 64), dtype)
+        found[f"candidates_round-{name}"] = lambda x=x: candidates._rounded(x, candidates._figures(64, None), 1)
     return found
+
+
+def _compact(rows: int) -> candidates.CompactCopy:
+    high, low = mx.zeros((rows, 64), mx.int8), mx.zeros((rows, 32), mx.uint8)
+    scales, errors = mx.zeros((rows, 1), mx.uint16), mx.zeros((rows, 3))
+    return candidates.CompactCopy(high, low, scales, errors, mx.zeros((rows,)))
 
 
 def _ffn_cases() -> dict[str, Callable[[], object]]:
