@@ -130,7 +130,8 @@ def _bars(ax: Any, series: Sequence[tuple[str, Sequence[float]]]) -> None:
     ax.set_xticks(range(0, count, max(1, count // 16)))
     ax.set(xlabel="layer", ylabel="active neurons (% of the layer)")
     ax.set_title("Per layer, and the mean", fontsize=10, color=INK)
-    ax.legend(fontsize=8, frameon=False)
+    ax.set_ylim(top=ax.get_ylim()[1] * (1.04 + 0.06 * len(series)))  # the legend above the bars
+    ax.legend(fontsize=8, frameon=False, loc="upper left")
 
 
 def _frontiers(ax: Any, curves: Sequence[Curve]) -> None:
