@@ -16,7 +16,7 @@ from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Searched, Whole
 from flashsparse.compact import CompactGate
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
-from flashsparse.flash import Merging
+from flashsparse.flash import TYPICAL, Costs, Merging
 from flashsparse.flash.curve import load_curve
 from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
 from flashsparse.places import cache_dir
@@ -46,6 +46,7 @@ class Assembly:
     predictors: ResidentStore | None
     switch: Switch
     merging: Merging = field(default_factory=Merging)
+    costs: Costs = TYPICAL
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -58,13 +59,15 @@ class Assembly:
         curve = load_curve(cache_dir(), m.path)
         merging = self.merging if curve is None else curve.merging(m.record.stride)
         self.merging = replace(merging, longest=sizes.staging_bytes())
+        self.costs = self.costs if curve is None else curve.costs()
         choosers = self._choosers()
         return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
 
     def _layer(self, index: int, chooser: Chooser, scratch: Scratch, counters: Counters) -> StreamedFFN:
         m, slots = self.pack.manifest, self.plan.slots[index]
         file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
-        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride, self.merging)
+        flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
+        flash.merging, flash.costs = self.merging, self.costs
         ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
         ffn.predicts = self.tier == "predict" or m.gate == "compact"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashsparse.flash import Batch, FlashFile, Merging, ReadPool, read_range, reads
+from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Load, Merging, ReadPool, loads, reads
 from flashsparse.keeping import Keeping, likely_next
 from flashsparse.prefetch import arrived_in
 from flashsparse.stats import Counters
@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from flashsparse.kernels import Kernels
     from flashsparse.prefetch import Ahead, Prefetch
     from flashsparse.weights import Buffer
-
-READ_SPLIT = 1 << 20  # one tile read is cut into pieces of this size, so that the pool's threads share it
-GAP_BYTES = 128 << 10  # a gap shorter than this is cheaper read than skipped when streaming in order
 
 
 # (slab, offsets, ids, cols, hidden): intermediate values of the records at `offsets` into columns `cols` of hidden.
@@ -72,18 +69,10 @@ class Flash:
     record_bytes: int
     stride: int
     merging: Merging = field(default_factory=Merging)
+    costs: Costs = TYPICAL  # of the requests that fill tiles
 
     def position(self, ids: np.ndarray) -> np.ndarray:
         return self.data_offset + ids.astype(np.int64) * self.stride
-
-
-@dataclass
-class Run:
-    """A stretch of records [first, last) that one tile reads, and the wanted ones among them."""
-
-    first: int
-    last: int
-    ids: np.ndarray
 
 
 @dataclass
@@ -275,14 +264,6 @@ class StreamedFFN:
         self._count(plan.nbytes, plan.requests, len(missing))
         return plan.submit(self.pool)
 
-    def _ranges(self, firsts: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Begin within the destination, file offset, length and needed bytes of `count` records from each first one."""
-        wanted = self.flash.position(firsts)
-        size = (count - 1) * self.flash.stride + self.flash.record_bytes
-        starts, lengths = read_range(self.flash.file, wanted, size)
-        begin = wanted - starts
-        return begin, starts, lengths, begin + size
-
     def _count(self, nbytes: int, requests: int, records: int) -> None:
         self.counters.flash_bytes += nbytes
         self.counters.flash_reads += requests
@@ -299,57 +280,42 @@ class StreamedFFN:
     ) -> None:
         """Read the records `ids` in file order through two tiles: one is filled while the other is computed."""
         self.counters.misses += len(ids)
-        runs = self._runs(ids, len(self.scratch.hidden) // x.shape[0])
-        pending = [self._read_run(run, index) for index, run in enumerate(runs[:1])]
+        most, nbytes = len(self.scratch.hidden) // x.shape[0], self.scratch.tiles.nbytes
+        flash = self.flash
+        plan = loads(flash.file, flash.position(ids), flash.record_bytes, flash.costs, nbytes, most)
+        pending = [self._fill(load, index) for index, load in enumerate(plan[:1])]
         try:
-            for index, run in enumerate(runs):
-                if index + 1 < len(runs):
-                    pending.append(self._read_run(runs[index + 1], (index + 1) % 2))
-                batch, begin = pending[0]
-                while len(self._take(batch)):
+            for index, load in enumerate(plan):
+                if index + 1 < len(plan):
+                    pending.append(self._fill(plan[index + 1], (index + 1) % 2))
+                while len(self._take(pending[0])):
                     pass
-                self._compute_run(run, begin, index % 2, x, y, compute_hidden)
+                tile, here = self.scratch.tiles.buffers[index % 2].bytes, ids[load.first : load.last]
+                self._compute_tile(tile, load.offsets, here, x, y, compute_hidden)
                 if kept is not None:
-                    tile = self.scratch.tiles.buffers[index % 2].bytes
-                    kept.copy(tile, begin, self.flash.stride, run.first, run.last)
-                pending.pop(0)[0].release()
+                    kept.copy(tile, load.offsets, here)
+                pending.pop(0).release()
         finally:
-            for batch, _ in pending:
+            for batch in pending:
                 batch.release()
             if kept is not None:
                 kept.close()
 
-    def _runs(self, ids: np.ndarray, width: int) -> list[Run]:
-        """Cut ascending ids into stretches that fit a tile and `width`, not reading gaps longer than GAP_BYTES."""
-        if not len(ids):
-            return []
-        # Rounding out to sectors needs up to two more of them; a page covers that.
-        room = max((self.scratch.tiles.nbytes - 2 * self.flash.file.sector) // self.flash.stride, 1)
-        breaks = np.flatnonzero(np.diff(ids) * self.flash.stride > GAP_BYTES) + 1
-        runs = []
-        for part in np.split(ids, breaks):
-            while len(part):
-                inside = min(int(np.searchsorted(part, part[0] + room)), width)
-                runs.append(Run(int(part[0]), int(part[inside - 1]) + 1, part[:inside]))
-                part = part[inside:]
-        return runs
+    def _fill(self, load: Load, index: int) -> Batch:
+        self._count(load.nbytes, len(load.starts), load.last - load.first)
+        dests = self.scratch.tiles.buffers[index % 2].address + load.places
+        return self.pool.submit(self.flash.file, load.starts, load.lengths, load.needs, dests)
 
-    def _read_run(self, run: Run, tile: int) -> tuple[Batch, int]:
-        begin, starts, lengths, needs = self._ranges(np.array([run.first]), run.last - run.first)
-        start, length, need = int(starts[0]), int(lengths[0]), int(needs[0])
-        cuts = np.arange(0, length, READ_SPLIT, dtype=np.int64)
-        sizes = np.minimum(length - cuts, READ_SPLIT)
-        wanted = np.clip(need - cuts, 0, sizes)
-        self._count(length, len(sizes), len(run.ids))
-        dests = self.scratch.tiles.buffers[tile].address + cuts
-        return self.pool.submit(self.flash.file, start + cuts, sizes, wanted, dests), int(begin[0])
-
-    def _compute_run(
-        self, run: Run, begin: int, tile: int, x: np.ndarray, y: np.ndarray, compute_hidden: ComputeHidden
+    def _compute_tile(
+        self,
+        tile: np.ndarray,
+        offsets: np.ndarray,
+        ids: np.ndarray,
+        x: np.ndarray,
+        y: np.ndarray,
+        compute_hidden: ComputeHidden,
     ) -> None:
-        slab = self.scratch.tiles.buffers[tile].bytes
-        offsets = begin + (run.ids.astype(np.int64) - run.first) * self.flash.stride
-        cols = np.arange(len(run.ids), dtype=np.int32)
-        hidden = self.scratch.hidden_for(x.shape[0], len(run.ids))
-        compute_hidden(slab, offsets, run.ids, cols, hidden)
-        self._down(slab, offsets, cols, hidden, y)
+        cols = np.arange(len(ids), dtype=np.int32)
+        hidden = self.scratch.hidden_for(x.shape[0], len(ids))
+        compute_hidden(tile, offsets, ids, cols, hidden)
+        self._down(tile, offsets, cols, hidden, y)

@@ -44,13 +44,12 @@ class Keeping:
         self._arrived = np.zeros(len(self._held.ids), bool)
         table.set_begin(self._held.slots, np.zeros(len(self._held.ids), np.int64))
 
-    def copy(self, tile: np.ndarray, begin: int, stride: int, first: int, last: int) -> None:
-        """Take what is to be kept of records first to last - 1, the first of which is at byte `begin` of the tile."""
-        ids = self._held.ids
-        low, high = np.searchsorted(ids, (first, last))
-        for index in range(int(low), int(high)):
-            source = begin + (int(ids[index]) - first) * stride
-            place = int(self._held.slots[index]) * self._slot_bytes
+    def copy(self, tile: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> None:
+        """Take what is to be kept of the ascending records `ids`, which begin at `offsets` of the tile."""
+        low, high = np.searchsorted(self._held.ids, (ids[0], ids[-1] + 1))
+        sources = offsets[np.searchsorted(ids, self._held.ids[low:high])].tolist()
+        places = (self._held.slots[low:high].astype(np.int64) * self._slot_bytes).tolist()
+        for source, place in zip(sources, places, strict=True):
             self._slab[place : place + self._record_bytes] = tile[source : source + self._record_bytes]
         self._arrived[low:high] = True
 

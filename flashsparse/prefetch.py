@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from flashsparse.errors import FlashReadError
-from flashsparse.flash import Batch, read_range
+from flashsparse.flash import Batch, reads
 
 if TYPE_CHECKING:
     from flashsparse.cache import Reservation, Round, SlotTable
     from flashsparse.ffn import Flash
-    from flashsparse.flash import ReadPool
+    from flashsparse.flash import ReadPool, Reads
     from flashsparse.stats import Counters
     from flashsparse.weights import Buffer
 
@@ -101,28 +101,27 @@ class Switch:
 
 @dataclass(eq=False)
 class Ahead:
-    """Reads in flight for a reservation. Read number i is of the reserved record `order[i]`: the likeliest first."""
+    """Reads in flight for a reservation, numbered as its records are; the likeliest came first."""
 
     reservation: Reservation
     batch: Batch
-    order: np.ndarray
-    lengths: np.ndarray
+    plan: Reads
     arrived: np.ndarray = field(init=False)
     over: bool = False
 
     def __post_init__(self) -> None:
-        self.arrived = np.zeros(len(self.order), bool)
+        self.arrived = np.zeros(len(self.reservation.ids), bool)
 
     def keep(self, wanted: np.ndarray) -> np.ndarray:
         """Drop reads that nobody has begun of records that are not `wanted` (bool, of the reserved); which go on."""
-        return self.batch.keep(wanted[self.order])
+        return self.batch.keep(wanted)
 
     def take(self) -> np.ndarray:
         """Wait for reserved records that arrive; none are left, or a read has failed, when empty."""
         if self.over:
             return np.empty(0, np.intp)
         try:
-            done: np.ndarray = self.order[self._done()]
+            done = self._done()
         except FlashReadError:  # the record may not be needed; where it is, it is read again as a miss
             return np.empty(0, np.intp)
         self.arrived[done] = True
@@ -186,9 +185,10 @@ class Prefetch:
             wanted[:] = False
         kept = ahead.keep(wanted)
         self.counters.prefetched += int(np.count_nonzero(kept))
-        self.counters.flash_reads += int(np.count_nonzero(kept))
-        self.counters.flash_bytes += int(ahead.lengths[kept].sum())
-        self.counters.prefetch_wasted_bytes += int(ahead.lengths[kept & ~wanted[ahead.order]].sum())
+        requests, nbytes = ahead.plan.moved(kept)
+        self.counters.flash_reads += requests
+        self.counters.flash_bytes += nbytes
+        self.counters.prefetch_wasted_bytes += int(np.count_nonzero(kept & ~wanted)) * self.flash.record_bytes
         if wanted.any():
             return ahead
         self.finish()
@@ -208,14 +208,12 @@ class Prefetch:
             self.claim(np.empty(0, np.int32))
 
     def _read(self, reservation: Reservation, order: np.ndarray) -> None:
-        wanted, slots = self.flash.position(reservation.ids), reservation.slots.astype(np.int64)
-        starts, lengths = read_range(self.flash.file, wanted, self.flash.record_bytes)
-        begins = wanted - starts
-        self.table.set_begin(slots, begins)
-        dests = self.slab.address + slots * self.slot_bytes
-        needs = begins + self.flash.record_bytes
-        batch = self.pool.submit(self.flash.file, starts[order], lengths[order], needs[order], dests[order])
-        self.pending = Ahead(reservation, batch, order, lengths[order])
+        slots, rank = reservation.slots.astype(np.int64), np.empty(len(order), np.int64)
+        rank[order] = np.arange(len(order))
+        positions, dests = self.flash.position(reservation.ids), self.slab.address + slots * self.slot_bytes
+        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests, self.flash.merging).ranked(rank)
+        self.table.set_begin(slots, plan.begins)
+        self.pending = Ahead(reservation, plan.submit(self.pool), plan)
 
 
 def arrived_in(round_: Round, ahead: Ahead, done: np.ndarray) -> np.ndarray:

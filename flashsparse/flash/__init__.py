@@ -8,5 +8,9 @@ from __future__ import annotations
 from flashsparse.flash.file import FlashFile, read_range, slot_stride
 from flashsparse.flash.plan import Merging, Reads, reads
 from flashsparse.flash.reader import Batch, Counters, ReadPool
+from flashsparse.flash.stream import TYPICAL, Costs, Load, loads
 
-__all__ = ["Batch", "Counters", "FlashFile", "Merging", "ReadPool", "Reads", "read_range", "reads", "slot_stride"]
+__all__ = [
+    "TYPICAL", "Batch", "Costs", "Counters", "FlashFile", "Load", "Merging", "ReadPool", "Reads", "loads", "read_range",
+    "reads", "slot_stride",
+]  # fmt: skip

@@ -25,6 +25,7 @@ from flashsparse.errors import FlashReadError, FlashSparseError, format_bytes
 from flashsparse.flash.file import FlashFile
 from flashsparse.flash.plan import SEPARATE, Merging
 from flashsparse.flash.reader import STAGING_BYTES
+from flashsparse.flash.stream import Costs
 from flashsparse.native.library import lib
 
 SIZES = tuple(4096 << power for power in range(9))  # 4 KiB to 1 MiB
@@ -89,6 +90,12 @@ class Curve:
         longest = max(self.best(at) for at in SIZES if at <= STAGING_BYTES)
         gap = int(size * (longest / self.best(size) - 1))
         return Merging(gap=gap) if gap > 0 else SEPARATE
+
+    def costs(self) -> Costs:
+        """Seconds of one request among many, by its size; beyond the largest measured at the rate of reads in order."""
+        seconds = np.maximum.accumulate([size / max(row) for size, row in zip(SIZES, self.rates(), strict=True)])
+        rate = max(self.sequential, *self.rates()[-1])
+        return Costs((*SIZES, 2 * SIZES[-1]), (*map(float, seconds), float(seconds[-1]) + SIZES[-1] / rate))
 
     def to_dict(self) -> dict[str, Any]:
         return {"version": VERSION, "sizes": SIZES, "depths": DEPTHS, **asdict(self)}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -48,6 +48,28 @@ class Reads:
     @property
     def requests(self) -> int:
         return self.runs
+
+    def moved(self, kept: np.ndarray) -> tuple[int, int]:
+        """Requests and bytes, when only records that are `kept` (bool, of those asked for) are read: whole requests."""
+        if not len(self.reads):
+            return 0, 0
+        begun = kept if self.order is None else kept[self.order]
+        runs = np.maximum.reduceat(begun.astype(np.uint8), self.firsts[: self.runs]).astype(bool)
+        ends = (self.reads["offset"] + self.reads["length"])[self.firsts[1 : self.runs + 1] - 1]
+        return int(np.count_nonzero(runs)), int((ends - self.reads["offset"][self.firsts[: self.runs]])[runs].sum())
+
+    def ranked(self, rank: np.ndarray) -> Reads:
+        """The same requests, begun in the order of the lowest rank (int [n]) among the records that each one brings."""
+        if not len(self.reads):
+            return self
+        order = np.arange(len(self.reads), dtype=np.int32) if self.order is None else self.order
+        firsts = self.firsts[: self.runs]
+        runs = np.argsort(np.minimum.reduceat(rank[order], firsts), kind="stable")
+        counts = np.diff(self.firsts[: self.runs + 1])[runs]
+        begins = np.cumsum(counts) - counts
+        moved = np.repeat(firsts[runs] - begins, counts) + np.arange(len(self.reads))
+        after = np.append(begins, len(self.reads)).astype(np.int32)
+        return replace(self, reads=self.reads[moved], firsts=after, order=order[moved])
 
     def submit(self, pool: ReadPool) -> Batch:
         """Start them; the batch's indices are positions in the records asked for. Raises what submit_runs does."""

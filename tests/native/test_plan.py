@@ -106,6 +106,38 @@ def test_requests_join_what_the_rule_allows(path: Path, sector: int, gap: int, l
     assert plan.nbytes == sum(end - begin for _, begin, end in runs)
 
 
+@pytest.mark.parametrize("shuffled", [False, True])
+@pytest.mark.parametrize("gap", [-1, 0, 20_000])
+def test_requests_begin_with_the_lowest_rank(path: Path, content: np.ndarray, shuffled: bool, gap: int) -> None:
+    rng = np.random.default_rng(6)
+    ids = rng.permutation(RECORDS)[:150].astype(np.int64)
+    ids, rank = ids if shuffled else np.sort(ids), rng.permutation(150)
+    with FlashFile(path) as file, ReadPool(4) as pool:
+        layer = Layer(file, 6976)
+        plan, at = layer.plan(ids, Merging(gap))
+        ranked = plan.ranked(rank)
+        assert (ranked.requests, ranked.firsts[-1 if gap < 0 else ranked.runs]) == (plan.requests, 150)
+        order = np.arange(150) if ranked.order is None else ranked.order
+        lowest = np.minimum.reduceat(rank[order], ranked.firsts[: ranked.runs])
+        assert lowest.tolist() == sorted(lowest)
+        with ranked.submit(pool) as batch:
+            while len(done := batch.take()):
+                layer.check(at[done], ids[done], content)
+        assert ranked.moved(np.ones(150, bool)) == (pool.counters.reads, plan.nbytes)
+
+
+def test_requests_that_bring_nothing_kept_do_not_move(path: Path) -> None:
+    ids = np.array([0, 1, 2, 50, 51, 90], np.int64)
+    with FlashFile(path, "buffered") as file:
+        plan = reads(file, ids * 1000, 1000, np.full(6, 4096), Merging(0))
+        rank = np.array([3, 4, 5, 6, 0, 1])
+        for one in (plan, plan.ranked(rank)):
+            assert one.moved(np.array([0, 1, 0, 0, 0, 1], bool)) == (2, 4000)
+            assert one.moved(np.zeros(6, bool)) == (0, 0)
+        none = reads(file, ids[:0], 1000, ids[:0])
+        assert none.moved(np.zeros(0, bool)) == (0, 0) and none.ranked(ids[:0]) is none
+
+
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
 def test_a_merged_request_that_fails_names_the_record(path: Path, content: np.ndarray, mode: str) -> None:
     """The file ends within the seventh record: the six before it arrive."""
