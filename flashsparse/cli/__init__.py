@@ -26,6 +26,7 @@ COMMANDS = {
     "info": ("flashsparse.cli.info", "Show what a pack holds."),
     "verify": ("flashsparse.cli.verify", "Check every checksum of a pack."),
     "doctor": ("flashsparse.cli.doctor", "Measure the drive, and say what speed to expect."),
+    "selftest": ("flashsparse.cli.selftest", "Test every kernel on this machine, and print a report."),
     "demo": ("flashsparse.cli.demo", "Stream the embedded model under a small budget."),
 }
 
