@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-READING = ("fs_pool_submit", "fs_pool_take", "fs_pool_release")
+READING = ("fs_pool_submit", "fs_pool_take", "fs_pool_keep", "fs_pool_release")
+BOOKKEEPING = ("fs_slots_", "fs_plan_reads")
 
 
 class NativeTime:
@@ -26,12 +27,14 @@ class NativeTime:
 
     @property
     def reading(self) -> float:
-        """Submitting reads and waiting for them."""
+        """Submitting reads, dropping them and waiting for them."""
         return sum(seconds for name, seconds in self.seconds.items() if name in READING)
 
     @property
     def computing(self) -> float:
-        return sum(self.seconds.values()) - self.reading
+        """What is neither reading nor the native part of the bookkeeping."""
+        native = sum(seconds for name, seconds in self.seconds.items() if name.startswith(BOOKKEEPING))
+        return sum(self.seconds.values()) - self.reading - native
 
     def per(self, tokens: int) -> dict[str, float]:
         """Milliseconds per token by function, the longest first."""

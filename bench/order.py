@@ -3,7 +3,7 @@
     python -m bench.order TRAIN.npz TEST.npz --file SCRATCH --record 6912 [--slots 20%,50%] [--share 0.3]
 
 Orders are found on the sets of one trace, as `convert --order` finds them, and judged on the misses of another (both by
-`python -m bench.traces record` from one model): what LRU with so many slots misses, in steady state, and unions of
+`python -m bench.traces record` from one model): what so many slots miss, in steady state, and unions of
 consecutive tokens that need at least `--share` of a layer. Each layer's reads are submitted together, direct where the
 filesystem allows it. SCRATCH is made with many copies of the model's layers, and every token reads another copy, so
 that no cache below sees a byte twice soon. Every repetition times all variants, in turn; plain reads in source order
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bench.traces.__main__ import share_of
-from bench.traces.policies import Lru
+from bench.traces.policies import Product
 from bench.traces.trace import Ids, Trace
 from converter.ordering import coactivation_order, frequency_order, random_order
 from flashsparse.flash import FlashFile, ReadPool, slot_stride
@@ -102,10 +102,10 @@ def orders(train: Trace) -> dict[str, Ranks]:
 
 
 def _misses(trace: Trace, slots: int) -> list[list[Ids]]:
-    """[layer][token]: what LRU misses, after the first quarter of the trace."""
+    """[layer][token]: what the runtime misses, after the first quarter of the trace."""
     found = []
     for sets in trace.sets:
-        table = Lru(trace.records, slots).table
+        table = Product(trace.records, slots).table
         each: list[Ids] = []
         for ids in sets:
             missed: list[Ids] = [np.empty(0, np.int32)]

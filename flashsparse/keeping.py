@@ -55,4 +55,4 @@ class Keeping:
 
     def close(self) -> None:
         """What was copied is resident."""
-        self._table.settle(self._held, self._arrived)
+        self._table.settle(self._held, self._arrived, used=True)

@@ -30,11 +30,11 @@ class Policy(Protocol):
         """All rounds of a token are over."""
 
 
-class Lru:
-    """The product's SlotTable: least recently used, `pins` (record numbers) last."""
+class Product:
+    """The runtime's SlotTable."""
 
-    def __init__(self, records: int, slots: int, pins: Ids | None = None) -> None:
-        self.table = SlotTable(records, slots, pins=pins)
+    def __init__(self, records: int, slots: int) -> None:
+        self.table = SlotTable(records, slots)
 
     def round(self, ids: Ids) -> int:
         before = self.table.misses
@@ -75,6 +75,18 @@ class Keyed:
 
     def end_token(self) -> None:
         """Most rules know rounds only."""
+
+
+class Pinned(Keyed):
+    """Least recently used, `pins` (record numbers) last."""
+
+    def __init__(self, records: int, slots: int, pins: Ids) -> None:
+        super().__init__(records, slots)
+        self.pins = pins
+
+    def used(self, ids: Ids) -> None:
+        self.key[ids] = self.time
+        self.key[self.pins] = NEVER
 
 
 class Window(Keyed):
@@ -184,17 +196,18 @@ def policies(sets: Sequence[Ids], records: int, slots: int, warm: int) -> dict[s
     """Name -> how to make it for one layer. What pins know is the frequency in the first `warm` tokens."""
 
     def pinned(share: float) -> Policy:
-        return Lru(records, slots, hottest(sets[:warm], records, int(slots * share)))
+        return Pinned(records, slots, hottest(sets[:warm], records, int(slots * share)))
 
     return {
         f"window {WINDOW}": lambda: Window(records, slots),
         "CLOCK": lambda: Clock(records, slots),
         "LFU": lambda: Lfu(records, slots),
         **{f"LFU, half-life {n}": lambda n=n: Decayed(records, slots, n) for n in HALF_LIVES},  # type: ignore[misc]
-        "LRU": lambda: Lru(records, slots),
+        "LRU": lambda: Keyed(records, slots),
         "LRU, 1/4 pinned": lambda: pinned(0.25),
         "LRU, 1/2 pinned": lambda: pinned(0.5),
         "LRU, 3/4 pinned": lambda: pinned(0.75),
+        "runtime": lambda: Product(records, slots),
         "Belady": lambda: Belady(records, slots, [part for ids in sets for part in rounds_of(ids, slots)]),
     }
 

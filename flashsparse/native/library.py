@@ -11,7 +11,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -62,6 +62,16 @@ class CRecord(ctypes.Structure):
         ("activation", c_int32),
         ("param", c_float),
         ("gated", c_int32),
+    ]
+
+
+class CSlots(ctypes.Structure):
+    """fs_slots."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("slot_of", "record_in", "recent", "lasting", "held", "keys", "victims")),
+        *((name, c_int64) for name in ("records", "slots", "step", "epoch", "numbers")),
+        *((name, c_int64) for name in ("round", "committed", "reservation", "waiting")),
     ]
 
 
@@ -119,6 +129,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_pool_error": (c_int32, [c_void_p, c_int64, POINTER(CReadError)]),
     "fs_pool_keep": (None, [c_void_p, c_int64, c_void_p]),
     "fs_pool_release": (None, [c_void_p, c_int64]),
+    "fs_slots_valid": (c_int32, [c_void_p, c_void_p, c_int64]),
+    "fs_slots_fits": (c_int32, [c_void_p, c_void_p, c_int64]),
+    "fs_slots_recover": (None, [c_void_p, c_int64]),
+    "fs_slots_begin": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "fs_slots_commit": (c_int32, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p]),
+    "fs_slots_abort": (None, [c_void_p, c_int64]),
+    "fs_slots_close": (None, [c_void_p, c_int64]),
+    "fs_slots_reserve": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
+    "fs_slots_settle": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int32]),
+    "fs_slots_end_step": (None, [c_void_p]),
     "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 4)]),
 }
 

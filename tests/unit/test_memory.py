@@ -232,9 +232,9 @@ def test_the_overhead_grows_with_records_and_slots(tmp_path: Path) -> None:
         files: list[Any] = [SimpleNamespace(sector=512, direct=False)]
         return Sizes(pack, files, tier, 1, 1).plan(0, None, 64, slots)[0].overhead
 
-    assert overhead(512, 100) - overhead(256, 100) == 4 * 256 * 2  # 4 bytes for each record of two layers
-    assert overhead(512, 300) - overhead(512, 100) == 36 * 200 * 2  # 36 for each slot
-    assert overhead(512, 0, "dense") == overhead(256, 0, "dense") == overhead(256, 1) - 2 * (4 * 256 + 36)
+    assert overhead(512, 100) - overhead(256, 100) == 12 * 256 * 2  # 12 bytes for each record of two layers
+    assert overhead(512, 300) - overhead(512, 100) == 21 * 200 * 2  # 21 for each slot
+    assert overhead(512, 0, "dense") == overhead(256, 0, "dense") == overhead(256, 1) - 2 * (12 * 256 + 21)
 
 
 def test_plan_describes_itself() -> None:

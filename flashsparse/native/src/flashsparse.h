@@ -1,6 +1,6 @@
 // The C interface of the native library: CPU kernels and the read pool.
 // Raw addresses in, no Python or MLX types. Shapes are row-contiguous; sizes are in elements unless they say bytes.
-// Nothing here knows of models, packs or slots. Arguments are validated by the Python bindings, not here.
+// Nothing here knows of models or packs. Arguments are validated by the Python bindings, not here.
 #pragma once
 
 #include <stdint.h>
@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 4
+#define FS_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -152,6 +152,43 @@ FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1
 FS_API void fs_pool_keep(fs_pool*, int64_t batch, uint8_t* kept);
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
 FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // requests, bytes needed, bytes arrived, busy ns
+
+// The slots of a layer and what they hold. The arrays are the caller's, and so is the struct: all zero at first but for
+// slot_of and record_in (-1), numbers that the functions change afterwards. One call at a time. ids are ascending.
+typedef struct {
+    int32_t* slot_of;     // [records] the record's slot; -1: none; -2 - slot: it is being read ahead into that slot
+    int32_t* record_in;   // [slots] the record whose bytes are there, or -1
+    float* recent;        // [records] how often it was used, in uses at step `epoch`, half as many 2 steps later
+    float* lasting;       // [records] the same with 64 steps
+    uint8_t* held;        // [slots] no victims: 1 of the open round, 2 read ahead
+    uint32_t* keys;       // [slots] scratch
+    int32_t* victims;     // [slots] scratch
+    int64_t records, slots, step, epoch;
+    int64_t numbers;      // the last number given to a round or a reservation
+    int64_t round, committed, reservation, waiting;  // those that are open, 0: none; reserved records not yet taken over
+} fs_slots;
+
+FS_API int32_t fs_slots_valid(const fs_slots*, const int32_t* ids, int64_t n);  // ascending, unique, in range
+// Whether `ids` fit in the slots beside the reserved records; always without a reservation.
+FS_API int32_t fs_slots_fits(const fs_slots*, const int32_t* ids, int64_t n);
+// Aborts the open round, and drops the reservation unless it is number `reservation`.
+FS_API void fs_slots_recover(fs_slots*, int64_t reservation);
+// Begins a round of n <= slots records: the slot of each, and its state: 0 there, 1 missing (its slot is a victim's), 2 in
+// the reservation's slot. Victims are free slots, then the least used. The round's number; -1: one is open; -2: no room.
+FS_API int64_t fs_slots_begin(fs_slots*, const int32_t* ids, int64_t n, int32_t* slots, uint8_t* states);
+// The round's records have all arrived and count as used. -1 when that round is not open or is committed.
+FS_API int32_t fs_slots_commit(fs_slots*, int64_t round, const int32_t* ids, int64_t n, const int32_t* slots,
+                               const uint8_t* states);
+FS_API void fs_slots_abort(fs_slots*, int64_t round);  // frees what was missing; nothing once it is committed or over
+FS_API void fs_slots_close(fs_slots*, int64_t round);  // the round is over; aborts it first
+// Victims for n records that are in no slot, none of them those of the `kept` records `keep`. An open round is aborted, an
+// open reservation dropped. The reservation's number; -2: no room, or a record has a slot.
+FS_API int64_t fs_slots_reserve(fs_slots*, const int32_t* ids, int64_t n, const int32_t* keep, int64_t kept,
+                                int32_t* slots);
+// Ends the reservation; those that have arrived stay, as used now if `used`. Nothing when it is not open.
+FS_API void fs_slots_settle(fs_slots*, int64_t reservation, const int32_t* ids, int64_t n, const int32_t* slots,
+                            const uint8_t* arrived, int32_t used);
+FS_API void fs_slots_end_step(fs_slots*);
 
 #ifdef __cplusplus
 }
