@@ -13,9 +13,13 @@ inline void relax() {
 #endif
 }
 
+uint64_t range(uint64_t begin, uint64_t end) { return begin << 32 | end; }
+uint64_t begin_of(uint64_t tasks) { return tasks >> 32; }
+uint64_t end_of(uint64_t tasks) { return tasks & 0xffffffff; }
+
 }  // namespace
 
-fs_workers::fs_workers(int threads) : scratch_(size_t(threads)) {
+fs_workers::fs_workers(int threads) : scratch_(size_t(threads)), shares_(size_t(threads)) {
     for (int i = 1; i < threads; i++) helpers_.emplace_back([this, i] { help(i); });
 }
 
@@ -42,17 +46,48 @@ float* fs_workers::scratch(int index) {
     return reinterpret_cast<float*>((address + 63) / 64 * 64);
 }
 
+void fs_workers::share_out(int64_t tasks) {
+    auto count = uint64_t(tasks), threads = uint64_t(shares_.size());
+    for (uint64_t i = 0; i < threads; i++)
+        shares_[i].tasks.store(range(count * i / threads, count * (i + 1) / threads), std::memory_order_relaxed);
+}
+
+// The first task of a thread's own share, or -1.
+int64_t fs_workers::next(int index) {
+    auto& tasks = shares_[size_t(index)].tasks;
+    for (uint64_t seen = tasks.load(); begin_of(seen) < end_of(seen);)
+        if (tasks.compare_exchange_weak(seen, range(begin_of(seen) + 1, end_of(seen)))) return int64_t(begin_of(seen));
+    return -1;
+}
+
+// Moves the second half of another thread's share into this thread's, which is empty. Equal words mean equal tasks left,
+// so an exchange that succeeds late is right all the same.
+bool fs_workers::take_over(int index) {
+    int count = int(shares_.size());
+    for (int k = 1; k < count; k++) {
+        auto& tasks = shares_[size_t((index + k) % count)].tasks;
+        for (uint64_t seen = tasks.load(); begin_of(seen) < end_of(seen);) {
+            uint64_t middle = begin_of(seen) + (end_of(seen) - begin_of(seen)) / 2;
+            if (!tasks.compare_exchange_weak(seen, range(begin_of(seen), middle))) continue;
+            shares_[size_t(index)].tasks.store(range(middle, end_of(seen)));
+            return true;
+        }
+    }
+    return false;
+}
+
 void fs_workers::work(int index) {
     float* memory = scratch(index);
-    for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;)
-        function_(context_, task, memory);
+    do {
+        for (int64_t task; (task = next(index)) >= 0;) function_(context_, task, memory);
+    } while (take_over(index));
 }
 
 void fs_workers::run(Task function, const void* context, int64_t tasks, size_t scratch_floats) {
     if (tasks <= 0) return;
     std::lock_guard<std::mutex> lock(caller_);
-    function_ = function, context_ = context, tasks_ = tasks, scratch_floats_ = scratch_floats;
-    next_.store(0, std::memory_order_relaxed);
+    function_ = function, context_ = context, scratch_floats_ = scratch_floats;
+    share_out(tasks);
     if (tasks == 1 || helpers_.empty()) return work(0);
     open_ = true;
     generation_++;

@@ -1,5 +1,7 @@
 // The compute threads: runs one function over task numbers 0..n-1, the calling thread included.
-// Which thread runs which task is left to chance, so a task's result must not depend on it.
+// Every thread begins with a share of neighbouring tasks, so that what a task prefetches is what its thread reads next;
+// a thread that is done takes half of what another has left. Which thread runs which task is thus left to chance: a
+// task's result must not depend on it.
 #pragma once
 
 #include <atomic>
@@ -26,8 +28,16 @@ struct fs_workers {
     int threads() const { return int(scratch_.size()); }
 
   private:
+    // Tasks begin..end - 1 that a thread has before it, in one word: begin in its upper half, end in its lower.
+    struct alignas(64) Share {
+        std::atomic<uint64_t> tasks{0};
+    };
+
     void help(int index);
     bool wait_for_work(uint64_t seen);
+    void share_out(int64_t tasks);
+    int64_t next(int index);
+    bool take_over(int index);
     void work(int index);
     float* scratch(int index);
 
@@ -40,9 +50,8 @@ struct fs_workers {
     std::atomic<uint64_t> generation_{0};
     std::atomic<int> sleepers_{0}, joined_{0};
     std::atomic<bool> open_{false}, stop_{false};
-    std::atomic<int64_t> next_{0};
+    std::vector<Share> shares_;
     Task function_ = nullptr;
     const void* context_ = nullptr;
-    int64_t tasks_ = 0;
     size_t scratch_floats_ = 0;
 };
