@@ -101,7 +101,7 @@ int64_t rows_per_task(const Format& f, int64_t rows, int64_t tokens) {
 int64_t columns_per_task(const Format& f, int64_t n, int64_t tokens, int threads) {
     if (small(n, f.columns, tokens)) return f.columns;
     int64_t unit = f.group > 64 ? f.group : 64;
-    return round_up(tokens > 1 ? 256 : pieces(f.columns, threads), unit);
+    return round_up(tokens > 1 ? 256 : pieces(f.columns, 2 * threads), unit);
 }
 
 }  // namespace

@@ -88,52 +88,77 @@ struct FixedProducts {
     }
 };
 
-// out[k] = field `at` of records j[0..count) . x, for one token. Prefetched is the record four places on.
+// Field `at` of records j[0..count), count <= 4: what one step works on, or prefetches for the next.
+struct Four {
+    const uint8_t* p[4];
+    int count;
+
+    Four(const Hidden& job, const int64_t* j, int64_t n, int64_t at) : count(int(least(4, n))) {
+        for (int r = 0; r < 4 && count > 0; r++) p[r] = job.base + job.offsets[j[least(r, count - 1)]] + at;
+    }
+};
+
+// The vectors of `some` times the only token.
 template <class Products>
-void record_dots(const Hidden& job, const int64_t* j, int count, int64_t at, float* out) {
-    const uint8_t *p[4], *ahead[4];
-    int k = 0;
-    for (; k + 4 <= count; k += 4) {
-        for (int r = 0; r < 4; r++) {
-            p[r] = job.base + job.offsets[j[k + r]] + at;
-            ahead[r] = job.base + job.offsets[least(j[k + r] + 4, job.n - 1)] + at;
+inline void four_dots(const Hidden& job, const Four& some, const Four& next, float* out) {
+    const uint8_t* const* ahead = next.count ? next.p : nullptr;
+    if (some.count == 4) return Products::template some<4>(job, some.p, ahead, out);
+    for (int k = 0; k < some.count; k++) Products::template some<1>(job, some.p + k, ahead ? ahead + k : nullptr, out + k);
+}
+
+// The records after a task's: its thread's next ones, most often.
+inline Four following(const Hidden& job, int64_t first, int64_t at) {
+    int64_t j[4] = {first, first + 1, first + 2, first + 3};
+    return Four(job, j, job.n - first, at);
+}
+
+// Activated gates of the records `chosen`; those that are not zero go into hidden and their records into `active`.
+template <class Products>
+int hidden_gates(const Hidden& job, const int64_t* chosen, int kept, int64_t end, int64_t* active) {
+    Score score(*job.record);
+    int used = 0;
+    for (int k = 0; k < kept; k += 4) {
+        int count = int(least(4, kept - k));
+        float gate[4];
+        if (job.activated) {
+            for (int i = 0; i < count; i++) gate[i] = job.activated[job.ids[chosen[k + i]]];
+        } else {
+            Four next = kept - k > 4                ? Four(job, chosen + k + 4, kept - k - 4, score.row)
+                        : job.record->gated && used ? Four(job, active, used, job.record->up)
+                                                    : following(job, end, score.row);
+            four_dots<Products>(job, Four(job, chosen + k, count, score.row), next, gate);
+            for (int i = 0; i < count; i++)
+                gate[i] = activate(gate[i] + field_value(job, chosen[k + i], score.bias), job.record->activation, job.record->param);
         }
-        Products::template some<4>(job, p, ahead, out + k);
+        for (int i = 0; i < count; i++) {
+            if (gate[i] == 0.0f) continue;
+            job.hidden[job.cols[chosen[k + i]]] = gate[i];
+            active[used++] = chosen[k + i];
+        }
     }
-    for (; k < count; k++) {
-        p[0] = job.base + job.offsets[j[k]] + at;
-        Products::template some<1>(job, p, nullptr, out + k);
-    }
+    return used;
 }
 
 template <class Products>
 void hidden_one_token(const Hidden& job, int64_t first, int count) {
     const fs_record& record = *job.record;
-    float gate[kRowBlock], up[kRowBlock];
-    int64_t chosen[kRowBlock] = {0}, active[kRowBlock] = {0};
-    int kept = 0, used = 0;
-    for (int64_t j = first; j < first + count; j++) {
+    int64_t chosen[kRowBlock] = {0}, active[kRowBlock] = {0}, end = first + count;
+    int kept = 0;
+    for (int64_t j = first; j < end; j++) {
         job.hidden[job.cols[j]] = 0.0f;
         if (wanted(job, j, 0)) chosen[kept++] = j;
     }
-    if (job.activated) {
-        for (int k = 0; k < kept; k++) gate[k] = job.activated[job.ids[chosen[k]]];
-    } else {
-        Score score(record);
-        record_dots<Products>(job, chosen, kept, score.row, gate);
-        for (int k = 0; k < kept; k++)
-            gate[k] = activate(gate[k] + field_value(job, chosen[k], score.bias), record.activation, record.param);
-    }
-    for (int k = 0; k < kept; k++) {
-        if (gate[k] == 0.0f) continue;
-        job.hidden[job.cols[chosen[k]]] = gate[k];
-        active[used++] = chosen[k];
-    }
-    if (!record.gated) return;
-    record_dots<Products>(job, active, used, record.up, up);
-    for (int k = 0; k < used; k++) {
-        float* value = job.hidden + job.cols[active[k]];
-        *value = finish(job, *value, up[k] + field_value(job, active[k], record.up_bias));
+    int used = hidden_gates<Products>(job, chosen, kept, end, active);
+    for (int k = 0; k < used && record.gated; k += 4) {
+        Four some(job, active + k, used - k, record.up);
+        Four next = used - k > 4 ? Four(job, active + k + 4, used - k - 4, record.up)
+                                 : following(job, end, job.activated ? record.up : record.gate);
+        float up[4];
+        four_dots<Products>(job, some, next, up);
+        for (int i = 0; i < some.count; i++) {
+            float* value = job.hidden + job.cols[active[k + i]];
+            *value = finish(job, *value, up[i] + field_value(job, active[k + i], record.up_bias));
+        }
     }
 }
 
@@ -215,6 +240,18 @@ void hidden(const void* context, int64_t task, float* scratch) {
 
 // --- down: one task is a block of columns -----------------------------------------------------------------------
 
+// The next records, at most four, whose hidden value of the only token is not zero.
+struct Weighted {
+    int64_t j[4] = {0};
+    float weights[4];
+    int count = 0;
+
+    Weighted(const Down& job, int64_t* from) {
+        for (; *from < job.n && count < 4; ++*from)
+            if (float weight = job.hidden[job.cols[*from]]; weight != 0.0f) weights[count] = weight, j[count++] = *from;
+    }
+};
+
 // The down vector of record j from column `begin` on, which is a multiple of the group.
 template <class Row>
 Row down_row(const Down& job, int64_t j, int64_t begin) {
@@ -274,39 +311,43 @@ inline Quantized quantized_down(const Down& job, int64_t j, int64_t begin) {
 
 void nibbles_one_token(const Down& job, int64_t begin, int64_t n, float* y) {
     exchange(job.y + begin, n, false, y);
-    Quantized rows[4];
-    const uint8_t* ahead[4];
-    float weights[4];
-    int used = 0;
-    for (int64_t j = 0; j < job.n; j++) {
-        float weight = job.hidden[job.cols[j]];
-        if (weight == 0.0f) continue;
-        weights[used] = weight, rows[used] = quantized_down(job, j, begin);
-        ahead[used++] = quantized_down(job, least(j + 4, job.n - 1), begin).words;
-        if (used == 4) add_nibbles<4>(rows, weights, job.format, n, y, ahead), used = 0;
+    int64_t j = 0;
+    Weighted now(job, &j), next = now;
+    for (; now.count == 4; now = next) {
+        next = Weighted(job, &j);
+        Quantized rows[4];
+        const uint8_t* ahead[4];
+        for (int r = 0; r < 4; r++) {
+            rows[r] = quantized_down(job, now.j[r], begin);
+            ahead[r] = quantized_down(job, next.j[r], begin).words;
+        }
+        add_nibbles<4>(rows, now.weights, job.format, n, y, ahead);
     }
-    for (int r = 0; r < used; r++) add_nibbles<1>(rows + r, weights + r, job.format, n, y, ahead + r);
+    for (int r = 0; r < now.count; r++) {
+        Quantized row = quantized_down(job, now.j[r], begin);
+        add_nibbles<1>(&row, now.weights + r, job.format, n, y, &row.words);
+    }
     exchange(y, n, true, job.y + begin);
 }
 
 template <class Row>
 void down_one_token(const Down& job, int64_t begin, int64_t n) {
-    int64_t step = step_of(job.format, n);
-    Row rows[4];
-    const uint8_t* ahead[4];
-    float weights[4];
-    int used = 0;
-    for (int64_t j = 0; j < job.n; j++) {
-        float weight = job.hidden[job.cols[j]];
-        if (weight == 0.0f) continue;
-        weights[used] = weight;
-        rows[used] = down_row<Row>(job, j, begin);
-        ahead[used++] = job.base + job.offsets[least(j + 4, job.n - 1)] + job.record->down + Row::bytes(begin);
-        if (used < 4) continue;
-        weighted<4>(rows, weights, n, step, job.y + begin, ahead);
-        used = 0;
+    int64_t step = step_of(job.format, n), j = 0;
+    Weighted now(job, &j), next = now;
+    for (; now.count == 4; now = next) {
+        next = Weighted(job, &j);
+        Row rows[4];
+        const uint8_t* ahead[4];
+        for (int r = 0; r < 4; r++) {
+            rows[r] = down_row<Row>(job, now.j[r], begin);
+            ahead[r] = job.base + job.offsets[next.j[r]] + job.record->down + Row::bytes(begin);
+        }
+        weighted<4>(rows, now.weights, n, step, job.y + begin, ahead);
     }
-    weighted_many(rows, weights, used, n, step, job.y + begin);
+    for (int r = 0; r < now.count; r++) {
+        Row row = down_row<Row>(job, now.j[r], begin);
+        weighted<1>(&row, now.weights + r, n, step, job.y + begin);
+    }
 }
 
 template <class Row>

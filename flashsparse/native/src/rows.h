@@ -134,7 +134,7 @@ inline void dots(const Row* source, const float* const* x, int64_t n, float* out
             for (int r = 0; r < R; r++) sums[r][c] = madd(w[r], values, sums[r][c]);
         }
     };
-    constexpr int line = int(64 / Row::bytes(1));  // columns of a cache line
+    constexpr int line = int(512 / Row::bytes(8));  // columns of a cache line
     int64_t k = 0, whole = n / 8 * 8;
     for (; k + line <= n; k += line) {
         if (ahead)
@@ -164,16 +164,19 @@ inline void weighted(const Row* source, const float* weights, int64_t n, int64_t
     Row rows[R];
     V factor[R];
     for (int r = 0; r < R; r++) rows[r] = source[r], factor[r] = all(weights[r]);
+    constexpr int line = int(512 / Row::bytes(8));  // columns of a cache line
     int64_t whole = n / 8 * 8;
     for (int64_t i = 0, g = 0; i < whole; i += step, g++) {
         for (int r = 0; r < R; r++) rows[r].group(g);
         int64_t end = i + step < whole ? i + step : whole;
-        for (int64_t k = i; k < end; k += 8) {
-            V total = load(y + k);
-            if (ahead)
-                for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(k));
-            for (int r = 0; r < R; r++) total = madd(factor[r], rows[r].at(k), total);
-            store(y + k, total);
+        for (int64_t first = i; first < end; first += line) {
+            for (int r = 0; ahead && r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(first));
+            int64_t last = first + line < end ? first + line : end;
+            for (int64_t k = first; k < last; k += 8) {
+                V total = load(y + k);
+                for (int r = 0; r < R; r++) total = madd(factor[r], rows[r].at(k), total);
+                store(y + k, total);
+            }
         }
     }
     for (int64_t k = whole; k < n; k++)
