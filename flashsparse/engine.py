@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashsparse import memory
+from flashsparse import macos, memory
 from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
@@ -157,6 +157,7 @@ class Engine:
         self._pool: ReadPool | None = None
         self._kernels: Kernels | None = None
         self._judging: Judging | None = None
+        self._relief = macos.Relief()
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
         self._pack: OpenPack | None = None
@@ -206,6 +207,7 @@ class Engine:
         self.plan, tile = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
+        macos.wire(self.plan.budget)
         self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, tile)
         self.end_tokens = self._end_tokens()
@@ -253,6 +255,7 @@ class Engine:
             self._owner = threading.get_ident()
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")
+            self._relief.step()
             computed = self._computed()
             yield self._decoder
             self.counters.compute_s += self._computed() - computed

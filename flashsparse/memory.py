@@ -6,15 +6,14 @@ allocates nothing and knows no model. No MLX, no numpy.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from flashsparse import macos
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError, format_bytes
 
 CGROUP_RESERVE = 64_000_000  # left free under a control group's limit, for what the kernel charges to the group
@@ -52,12 +51,12 @@ def machine_memory() -> int:
 
 def footprint() -> int:
     """The process's memory now: VmRSS on Linux, the physical footprint on macOS."""
-    return _mac_usage().ri_phys_footprint if sys.platform == "darwin" else _status("VmRSS")
+    return macos.footprint() if macos.here() else _status("VmRSS")
 
 
 def peak_footprint() -> int:
     """The highest footprint since the process began, or since `reset_peak`: VmHWM, or macOS's lifetime maximum."""
-    return _mac_usage().ri_lifetime_max_phys_footprint if sys.platform == "darwin" else _status("VmHWM")
+    return macos.peak_footprint() if macos.here() else _status("VmHWM")
 
 
 def reset_peak(clear_refs: str = "/proc/self/clear_refs") -> bool:
@@ -76,37 +75,6 @@ def _status(field: str, path: str = "/proc/self/status") -> int:
             if line.startswith(field + ":"):
                 return int(line.split()[1]) * 1024
     raise FlashSparseError(f"{path} has no {field}: this system does not report the process's memory")
-
-
-class _RusageInfoV4(ctypes.Structure):
-    """struct rusage_info_v4 of <sys/resource.h> on macOS: a uuid, then 35 counters, of which two matter here."""
-
-    _fields_ = (
-        ("ri_uuid", ctypes.c_uint8 * 16),
-        ("ri_user_time_to_resident_size", ctypes.c_uint64 * 7),
-        ("ri_phys_footprint", ctypes.c_uint64),
-        ("ri_proc_start_abstime_to_logical_writes", ctypes.c_uint64 * 20),
-        ("ri_lifetime_max_phys_footprint", ctypes.c_uint64),
-        ("ri_instructions_to_runnable_time", ctypes.c_uint64 * 6),
-    )
-
-
-_RUSAGE_INFO_V4 = 4
-
-
-def _libsystem() -> ctypes.CDLL:
-    return ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
-
-
-def _mac_usage() -> _RusageInfoV4:
-    # Written from Apple's headers and tested with a stand-in library only; it has not been run on a Mac.
-    call = _libsystem().proc_pid_rusage
-    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-    call.restype = ctypes.c_int
-    usage = _RusageInfoV4()
-    if call(os.getpid(), _RUSAGE_INFO_V4, ctypes.byref(usage)) != 0:
-        raise FlashSparseError(f"proc_pid_rusage failed with errno {ctypes.get_errno()}: the footprint is unknown")
-    return usage
 
 
 def cgroup_limit(root: str = "/") -> int | None:

@@ -5,8 +5,10 @@ Every published figure comes from here. Counters only grow; a phase is the diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+
+from flashsparse import macos
 
 
 @dataclass
@@ -136,6 +138,7 @@ class Stats:
     runtime_bytes: int
     calibrated_density: float | None = None
     lookahead: Callable[[], dict[str, object]] = dict
+    system: Callable[[], Mapping[str, object]] = macos.state
     peak_memory_bytes: int = 0
     time_to_first_token_s: float = 0.0
     prefill: Counters = field(default_factory=Counters)
@@ -175,6 +178,7 @@ class Stats:
             "io_wait_s": round(both.io_wait_s, 4),
             "tier": self.tier,
             "read_mode": self.read_mode,
+            "system": dict(self.system()),
             "kernels": self.kernels,
             "prefill": asdict(self.prefill),
             "decode": asdict(self.decode),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse.errors import PackError
+from flashsparse.macos import PAGE_BYTES, announce, here
 from flashsparse.pack.safetensors import numpy_dtype
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from flashsparse.pack.manifest import Quant
     from flashsparse.pack.safetensors import Header, TensorInfo
 
-ALIGNMENT = 16384  # Apple's page size and a multiple of every sector size
+ALIGNMENT = PAGE_BYTES  # a multiple of every sector size
 HUGE_PAGE = 2 << 20
 READ_BYTES = 4 << 20
 SEGMENT_BYTES = 1 << 30
@@ -143,6 +144,8 @@ class ResidentStore:
         starts = np.arange(0, end - start, READ_BYTES, dtype=np.int64)
         needs = np.minimum(end - start - starts, READ_BYTES)
         lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
+        if here() and not file.direct:
+            announce(file.fd, start, end - start)
         self._batches.append(pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts))
         self.nbytes += segment.buffer.nbytes
         return segment

@@ -23,8 +23,16 @@ def stats_line(stats: dict[str, Any]) -> str:
         *lookahead_parts(stats),
         f"peak memory {format_bytes(used)} of {format_bytes(stats['budget_bytes'])}"
         f" (+ {format_bytes(stats['runtime_bytes'])} runtime)",
+        *system_parts(stats.get("system", {})),
     ]
     return " | ".join(parts)
+
+
+def system_parts(system: dict[str, Any]) -> list[str]:
+    """What macOS says of the moment: speed is not the program's alone there. Nothing on other systems."""
+    named = {"memory pressure": system.get("pressure"), "heat": system.get("heat")}
+    parts = [f"{name} {value}" for name, value in named.items() if value is not None]
+    return [*parts, "held back by the system (App Nap or background)"] if system.get("napping") else parts
 
 
 def lookahead_parts(stats: dict[str, Any]) -> list[str]:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import sys
 from types import TracebackType
 from typing import TypeVar
 
 import numpy as np
 
 from flashsparse.errors import FlashReadError, UsageError
+from flashsparse.macos import here, open_direct
 
 MODES = ("auto", "direct", "buffered")
 SECTORS = (512, 4096)
@@ -48,11 +48,8 @@ class FlashFile:
         self.direct = self.sector > 1
 
     def _open_direct(self) -> None:
-        if sys.platform == "darwin":
-            import fcntl
-
-            self.fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            fcntl.fcntl(self.fd, fcntl.F_NOCACHE, 1)
+        if here():
+            self.fd = open_direct(self.path)
             self.sector = SECTORS[-1]  # unaligned reads are allowed, but go through the page cache
             return
         try:

@@ -39,7 +39,7 @@ def test_right_kernels_pass(workers: native.Workers) -> None:
         ("gate BF16", "rows", "words[i] << 16", "words[i] << 17"),
         ("score Q3", "low_bits", "words[BITS * i / 32 + 1] << (32 - bit)", "words[BITS * i / 32 + 1] << (31 - bit)"),
         ("value Q2", "value", "value *= fabs(lifted);", "value *= lifted;"),
-        ("candidates", "candidates", "found[inner] = uint(verdict)", "found[inner] = uint(verdict) & uint(row % 8 != 3)"),
+        ("candidates", "candidates", "= uint(verdict)", "= uint(verdict) & uint(row % 8 != 3)"),
         ("compact", "compact", "w * 32 + int(bit)", "w * 32 + int(bit & 15)"),
         ("top-k", "rank", "bits | 0x80000000u", "bits | 0x40000000u"),
         ("lookup", "lookup", "+ begin[slot]", "+ begin[0]"),

@@ -42,7 +42,7 @@ def test_metal_kernels_import_only_mlx() -> None:
 
 
 def test_flash_and_cache_import_no_mlx_and_no_model_knowledge() -> None:
-    own = ("flashsparse.errors", "flashsparse.flash", "flashsparse.native")
+    own = ("flashsparse.errors", "flashsparse.flash", "flashsparse.native", "flashsparse.macos")
     allowed = (*sys.stdlib_module_names, "numpy", *own)
     found = imports(PACKAGE / "flash", PACKAGE / "cache.py", PACKAGE / "native")
     assert not {pair for pair in found if not is_in(pair[1], *allowed)}

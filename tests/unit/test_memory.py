@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import subprocess
 import sys
 from pathlib import Path
@@ -69,31 +68,6 @@ def test_status_without_the_field_is_an_error(tmp_path: Path) -> None:
     assert memory._status("VmRSS", str(tmp_path / "status")) == 12 * 1024
     with pytest.raises(FlashSparseError, match="VmHWM"):
         memory._status("VmHWM", str(tmp_path / "status"))
-
-
-def fake_mac(monkeypatch: pytest.MonkeyPatch, result: int) -> None:
-    def proc_pid_rusage(pid: int, flavor: int, buffer: object) -> int:
-        assert flavor == 4
-        usage = buffer._obj  # type: ignore[attr-defined]
-        # Where <sys/resource.h> puts them: a 16-byte uuid, then counters 7 and 28 of 35.
-        words = (ctypes.c_uint64 * 37).from_buffer(usage)
-        words[2 + 7], words[2 + 28] = 1111, 2222
-        return result
-
-    monkeypatch.setattr(memory, "_libsystem", lambda: SimpleNamespace(proc_pid_rusage=proc_pid_rusage))
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
-
-
-def test_mac_footprint(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_mac(monkeypatch, 0)
-    assert ctypes.sizeof(memory._RusageInfoV4) == 296
-    assert (memory.footprint(), memory.peak_footprint()) == (1111, 2222)
-
-
-def test_mac_failure_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_mac(monkeypatch, -1)
-    with pytest.raises(FlashSparseError, match="proc_pid_rusage"):
-        memory.footprint()
 
 
 def put(root: Path, name: str, text: str) -> None:
