@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Assembly:
-    """Makes the layers of one engine. `store` holds the resident weights, `predictors` the predictor file's, if any."""
+    """Makes the layers of one engine. `store` holds the resident weights, `predictors` the predictor file's, if any.
+
+    `unified`: slots lie in MLX's memory.
+    """
 
     pack: OpenPack
     tier: str
@@ -47,15 +50,11 @@ class Assembly:
     switch: Switch
     merging: Merging = field(default_factory=Merging)
     costs: Costs = TYPICAL
+    unified: bool = False
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
-        m = self.pack.manifest
-        scratch = Scratch(
-            hidden=np.empty(sizes.hidden_floats(), np.float32),
-            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
-            tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
-        )
+        m, scratch = self.pack.manifest, self._scratch(sizes, tile_bytes)
         curve = load_curve(cache_dir(), m.path)
         merging = self.merging if curve is None else curve.merging(m.record.stride)
         self.merging = replace(merging, longest=sizes.staging_bytes())
@@ -63,18 +62,29 @@ class Assembly:
         choosers = self._choosers()
         return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
 
+    def _scratch(self, sizes: Sizes, tile_bytes: int) -> Scratch:
+        m = self.pack.manifest
+        return Scratch(
+            hidden=np.empty(sizes.hidden_floats(), np.float32),
+            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
+            tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
+        )
+
+    def _ffn(self, *arguments: Any) -> StreamedFFN:
+        return StreamedFFN(*arguments)
+
     def _layer(self, index: int, chooser: Chooser, scratch: Scratch, counters: Counters) -> StreamedFFN:
         m, slots = self.pack.manifest, self.plan.slots[index]
         file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
         flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
         flash.merging, flash.costs = self.merging, self.costs
-        ffn = StreamedFFN(index, self.kernels, self.pool, flash, scratch, counters, chooser)
+        ffn = self._ffn(index, self.kernels, self.pool, flash, scratch, counters, chooser)
         ffn.predicts = self.tier == "predict" or m.gate == "compact"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")
         if slots:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
-            ffn.slab = Buffer(slots * ffn.slot_bytes)
+            ffn.slab = Buffer(slots * ffn.slot_bytes, self.unified)
             ffn.lookahead = self._lookahead(ffn)
         return ffn
 

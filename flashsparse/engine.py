@@ -20,11 +20,13 @@ import numpy as np
 from flashsparse import macos, memory
 from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
+from flashsparse.kernels import resolve
 from flashsparse.memory import MemoryPlan
 from flashsparse.models.decoder import CHOICES
 from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
 
 if TYPE_CHECKING:
+    from flashsparse.assembly import Assembly
     from flashsparse.ffn import StreamedFFN
     from flashsparse.flash import ReadPool
     from flashsparse.judging import Judging
@@ -66,7 +68,8 @@ def load(
         max_kv_size: positions (tokens) of KV cache to reserve. None: as many as leave room for one token's set.
         threads: compute threads. None: one per core. io_threads: threads that read from flash.
         read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works.
-        kernels: "native", "reference" (plain MLX operators, slow) or "auto".
+        kernels: "native" (CPU), "metal" (Apple GPU), "reference" (plain MLX operators, slow) or "auto": metal where
+            MLX's default device is an Apple GPU, else native.
         on_plan: called with the memory plan before anything but the resident weights is loaded.
         slots: slots per layer instead of what the budget buys (for tests and measurements).
         layers: "native" runs whole decoder layers in native code, "modules" mlx-lm's model with our parts in it (what
@@ -107,10 +110,13 @@ class _Options:
             raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
         if layers not in CHOICES:
             raise UsageError(f"layers: {shown(layers)} is not one of {', '.join(CHOICES)}")
-        if layers == "native" and kernels == "reference":
-            raise UsageError("layers: 'native' needs the native kernels, not the reference")
+        if layers == "native" and kernels not in ("auto", "native"):
+            raise UsageError(f"layers: 'native' needs the native kernels, not {shown(kernels)}")
         if lookahead not in LOOKAHEAD:
             raise UsageError(f"lookahead: {shown(lookahead)} is not one of {', '.join(LOOKAHEAD)}")
+        kernels = resolve(kernels, layers)
+        if lookahead == "on" and kernels == "metal":
+            raise UsageError("lookahead: 'on' is for the native kernels; on Metal a hint costs more than it saves")
         self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
         self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
         self.threads = (
@@ -119,8 +125,8 @@ class _Options:
         self.io_threads = whole("io_threads", io_threads, 1, MAX_THREADS)
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
-        self.native_layers = layers != "modules" and kernels != "reference"
-        self.lookahead = lookahead
+        self.native_layers = layers != "modules" and kernels == "native"
+        self.lookahead = "off" if kernels == "metal" else lookahead
 
 
 def _whole_bytes(dram: Any) -> int:
@@ -160,6 +166,7 @@ class Engine:
         self._relief = macos.Relief()
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
+        self.kernels = options.kernels
         self._pack: OpenPack | None = None
         try:
             self._pack = open_pack(
@@ -182,7 +189,8 @@ class Engine:
 
         self.manifest: Manifest = pack.manifest
         self.tier = _tier(self.manifest, options.tier)
-        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, options.io_threads)
+        unified = self.kernels == "metal"
+        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, options.io_threads, unified)
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
         self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
         if self._pool is None:
@@ -191,15 +199,13 @@ class Engine:
         if self.tier == "predict" and pack.predictor is not None:
             quants[pack.predictor] = predictor_quant(self.manifest)
         for at, quant in quants.items():
-            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant))
+            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified))
 
     def _load(self, pack: OpenPack, options: _Options) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
-        from flashsparse.kernels import make_kernels
         from flashsparse.prefetch import Switch
 
-        self._kernels = make_kernels(options.kernels, self.manifest, options.threads)
-        self.kernels = self._kernels.name
+        self._kernels = self._make_kernels(options)
         for store in pack.stores:
             store.wait()
         memory.reset_peak()
@@ -212,6 +218,15 @@ class Engine:
         self._decoder = self._build(pack, tile)
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
+
+    def _make_kernels(self, options: _Options) -> Any:
+        if self.kernels == "metal":
+            from flashsparse.kernels.metal import MetalKernels
+
+            return MetalKernels(self.manifest, self.counters)
+        from flashsparse.kernels import make_kernels
+
+        return make_kernels(self.kernels, self.manifest, options.threads)
 
     @property
     def context_limit(self) -> int:
@@ -319,10 +334,12 @@ class Engine:
         Every record of every layer is streamed meanwhile; results are the same bits as without. In tier exact what is
         predicted is what is active, or with a compact gate the candidates. What judging allocates (a few arrays [T, I],
         compute threads, decoded tiles) is outside the memory budget and is freed with it. Raises UsageError in tier
-        dense, where nothing is predicted, SessionError inside a step of this thread.
+        dense, where nothing is predicted, and with kernels metal, SessionError inside a step of this thread.
         """
         from flashsparse.judging import Judging
 
+        if self.kernels == "metal":
+            raise UsageError("judging computes on the CPU: load the pack with kernels='native'")
         if self.tier == "dense":
             raise UsageError("tier dense computes every neuron: there is no prediction to judge")
         with self.exclusive():
@@ -378,15 +395,14 @@ class Engine:
         self.close()
 
     def _build(self, pack: OpenPack, tile_bytes: int) -> Decoder:
-        from flashsparse.assembly import Assembly
-        from flashsparse.kvcache import KVCache
-
         assert self._pool is not None and self._kernels is not None
         m, (store, *predictors) = self.manifest, pack.stores
         predictor = predictors[0] if predictors else None
-        assembly = Assembly(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
+        assembly_type, cache_type = self._parts()
+        assembly = assembly_type(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
         self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
-        self._caches = [KVCache(m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype) for _ in range(m.layers)]
+        shape = m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype
+        self._caches = [cache_type(*shape) for _ in range(m.layers)]
         if self.layers == "modules":
             return self._modules(store)
         from flashsparse.kernels.cpu import NativeKernels
@@ -395,17 +411,36 @@ class Engine:
         assert isinstance(self._kernels, NativeKernels)
         return build(m, store, self._kernels, self._ffns, self.counters)
 
+    def _parts(self) -> tuple[type[Assembly], type[KVCache]]:
+        """What puts the layers together, and what holds keys and values."""
+        if self.kernels == "metal":
+            from flashsparse.metal.assembly import MetalAssembly
+            from flashsparse.metal.kvcache import MetalKVCache
+
+            return MetalAssembly, MetalKVCache
+        from flashsparse.assembly import Assembly
+        from flashsparse.kvcache import KVCache
+
+        return Assembly, KVCache
+
     def _modules(self, store: ResidentStore) -> Decoder:
         """mlx-lm's model with our parts in it."""
         import importlib
 
         import mlx.core as mx
 
+        from flashsparse.models.modules import Parts
+
         m = self.manifest
         # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
         mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
         family = importlib.import_module(f"flashsparse.models.{m.family}")
-        decoder: Decoder = family.build(m.config, store, self._kernels, self._ffns)
+        parts = Parts(self._kernels)
+        if self.kernels == "metal":
+            from flashsparse.metal.modules import MetalParts
+
+            parts = MetalParts(self._kernels)
+        decoder: Decoder = family.build(m.config, store, parts, self._ffns)
         return decoder
 
     def _end_tokens(self) -> set[int]:

@@ -71,6 +71,10 @@ class NativeLibraryError(FlashSparseError):
     """The native library is missing or of another version than the Python package."""
 
 
+class RefillError(FlashSparseError):
+    """A slot was about to be overwritten while a computation may still read it: a defect of FlashSparse itself."""
+
+
 def format_bytes(size: int) -> str:
     """`7.00 GB`, `512 MB`, `12 B`: decimal units, as `--dram` takes them."""
     if abs(size) >= 1_000_000_000:

@@ -30,17 +30,23 @@ KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
 LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
 PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
 FLOOR_SLOTS = 64
+LIST_BYTES = 44  # of the lists that a GPU reads, for each record in them (flashsparse.metal.places)
+SEGMENTS = 16  # of the sums on a GPU (metal_kernels.sparse_ffn)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A pack that will run in `tier`. `files` are its open files: their sectors decide how far apart slots are."""
+    """A pack that will run in `tier`. `files` are its open files: their sectors decide how far apart slots are.
+
+    `unified`: on a GPU, which computes in memory of MLX's beside what the host keeps.
+    """
 
     manifest: Manifest
     files: list[FlashFile]
     tier: str
     threads: int
     io_threads: int
+    unified: bool = False
 
     def plan(
         self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None
@@ -77,7 +83,7 @@ class Sizes:
             "records": m.intermediate_size,
             "layers": m.layers,
             "slot_bytes": self._slot_bytes(),
-            "table_bytes": SLOT_BYTES,
+            "table_bytes": SLOT_BYTES + (LIST_BYTES if self.unified else 0),
             "floor_slots": floor,
             "densities": densities if densities and None not in densities and slots is None else None,
             "whole": [index for index, layer in enumerate(layers) if layer.every],
@@ -130,7 +136,21 @@ class Sizes:
         width = max(m.hidden_size, m.heads * m.head_dim)
         floats = self.hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
         kernels = 256 * (width + 512) + KERNEL_BYTES * self.threads  # 64 tokens as the products take them; their sums
-        return 4 * floats + m.prefill_chunk * self._choice_bytes() + 2 * (tile_bytes + 2 * ALIGN) + kernels
+        tiles = 2 * (tile_bytes + 2 * ALIGN)
+        return 4 * floats + m.prefill_chunk * self._choice_bytes() + tiles + kernels + self._unified_bytes(tile_bytes)
+
+    def _unified_bytes(self, tile_bytes: int) -> int:
+        """What a step on a GPU takes beyond that, by design; no Mac has measured it.
+
+        Lists of both tiles; a chunk's lists, masks and activations of the chosen records, which the host's kernels do
+        not copy; the segments' sums, old and new.
+        """
+        if not self.unified:
+            return 0
+        m = self.manifest
+        lists = 2 * LIST_BYTES * min(m.intermediate_size, tile_bytes // m.record.bytes + 1)
+        choice = m.prefill_chunk * (2 * m.intermediate_size + m.intermediate_size // 4) + 8 * m.intermediate_size
+        return lists + choice + 12 * self.hidden_floats() + 2 * 4 * SEGMENTS * m.prefill_chunk * m.hidden_size
 
     def _choice_bytes(self) -> int:
         """Bytes per token of what decides which neurons are computed."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -33,25 +32,23 @@ SEGMENT_BYTES = 1 << 30
 class Buffer:
     """`nbytes` (below 2 GiB) of page-aligned memory; `.bytes` is its numpy array, uint8.
 
-    With Metal it is MLX's, so that kernels can compute on it. Elsewhere it is an anonymous mapping: MLX would write
-    zeros through all of it on one thread, where reads touch it first and in parallel.
+    With `unified` it is MLX's, and `.array` the same bytes as an MLX array, so that Metal kernels can compute on it.
+    Else it is an anonymous mapping: MLX would write zeros through all of it on one thread, where reads touch it first
+    and in parallel.
     """
 
-    def __init__(self, nbytes: int) -> None:
-        self.bytes: np.ndarray = _mlx_memory(nbytes) if _has_metal() else _mapped_memory(nbytes)
+    def __init__(self, nbytes: int, unified: bool = False) -> None:
+        self.array: Any = None
+        self.bytes: np.ndarray
+        if unified:
+            self.array, self.bytes = _mlx_memory(nbytes)
+        else:
+            self.bytes = _mapped_memory(nbytes)
         self.nbytes = nbytes
 
     @property
     def address(self) -> int:
         return self.bytes.ctypes.data
-
-
-def _has_metal() -> bool:
-    if platform.system() != "Darwin":
-        return False  # importing MLX costs time here
-    import mlx.core as mx
-
-    return bool(mx.metal.is_available())
 
 
 def _mapped_memory(nbytes: int) -> np.ndarray:
@@ -66,15 +63,17 @@ def _mapped_memory(nbytes: int) -> np.ndarray:
     return whole[start : start + nbytes]
 
 
-def _mlx_memory(nbytes: int) -> np.ndarray:
-    """A writable alias of an MLX array, which it keeps alive."""
+def _mlx_memory(nbytes: int) -> tuple[Any, np.ndarray]:
+    """An MLX array that begins at a page, and its writable alias."""
     import mlx.core as mx
 
     base = mx.zeros((nbytes + ALIGNMENT,), dtype=mx.uint8)
     mx.eval(base)
     whole = np.array(base, copy=False)
     start = -whole.ctypes.data % ALIGNMENT
-    return whole[start : start + nbytes]
+    array = base[start : start + nbytes]
+    mx.eval(array)
+    return array, whole[start : start + nbytes]
 
 
 @dataclass(frozen=True)
@@ -120,11 +119,13 @@ class ResidentStore:
 
     Making it starts the reads, large and in the order of the file; `wait` for them before asking for a tensor.
     `quant`: base name -> quantization of the matrices that the file holds quantized. `nbytes`: of all buffers.
-    More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one.
+    More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one; `unified`: MLX's own.
     """
 
-    def __init__(self, header: Header, pool: ReadPool, file: FlashFile, quant: Mapping[str, Quant]) -> None:
-        self._path, self._quant = header.path, quant
+    def __init__(
+        self, header: Header, pool: ReadPool, file: FlashFile, quant: Mapping[str, Quant], unified: bool = False
+    ) -> None:
+        self._path, self._quant, self._unified = header.path, quant, unified
         self._tensors = header.tensors
         self._segment_of: dict[str, Segment] = {}
         self._batches: list[Batch] = []
@@ -140,7 +141,7 @@ class ResidentStore:
     def _start(self, pool: ReadPool, file: FlashFile, begin: int, end: int) -> Segment:
         """Begin to read the file from `begin`, rounded down to a page, to `end`."""
         start = begin // ALIGNMENT * ALIGNMENT
-        segment = Segment(start, Buffer(-(-(end - start) // ALIGNMENT) * ALIGNMENT))
+        segment = Segment(start, Buffer(-(-(end - start) // ALIGNMENT) * ALIGNMENT, self._unified))
         starts = np.arange(0, end - start, READ_BYTES, dtype=np.int64)
         needs = np.minimum(end - start - starts, READ_BYTES)
         lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
@@ -149,6 +150,11 @@ class ResidentStore:
         self._batches.append(pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts))
         self.nbytes += segment.buffer.nbytes
         return segment
+
+    @property
+    def buffers(self) -> list[Buffer]:
+        """What holds the tensors, in the order of the file."""
+        return list(dict.fromkeys(segment.buffer for segment in self._segment_of.values()))
 
     def wait(self) -> None:
         """Until every byte is there. Raises FlashReadError when reading failed."""

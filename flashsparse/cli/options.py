@@ -29,6 +29,7 @@ class Memory:
     io_threads: int = 16
     read_mode: str = "auto"
     lookahead: str = "auto"
+    kernels: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class Sampling:
 def memory_options(
     dram: str = "half of the machine, or what the model needs", max_kv_size: str = "what fits"
 ) -> Decorator:
-    """--dram, --max-kv-size, --threads, --io-threads, --read-mode, --lookahead; the arguments describe the defaults."""
+    """--dram, --max-kv-size, --threads, --io-threads, --read-mode, --lookahead, --kernels.
+
+    The arguments describe the defaults.
+    """
     options = (
         click.option("--dram", metavar="SIZE", help=f"Memory budget: 7GB, 4GiB, 50%.  [default: {dram}]"),
         click.option(
@@ -66,6 +70,12 @@ def memory_options(
             type=click.Choice(["auto", "on", "off"]),
             default="auto",
             help="Start a layer's reads under its attention; auto does while that measures faster.",
+        ),
+        click.option(
+            "--kernels",
+            type=click.Choice(["auto", "native", "metal", "reference"]),
+            default="auto",
+            help="What computes: the CPU, an Apple GPU, plain MLX (slow); auto takes the GPU where there is one.",
         ),
     )
     return lambda command: _apply(options, command)
@@ -115,6 +125,7 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
         io_threads=memory.io_threads,
         read_mode=memory.read_mode,
         lookahead=memory.lookahead,
+        kernels=memory.kernels,
         on_plan=lambda plan: click.echo(plan.describe(), err=err),
     )
     with engine:

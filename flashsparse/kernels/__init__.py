@@ -1,11 +1,13 @@
-"""Which implementation computes: `native` (C++ on the CPU) or `reference` (plain MLX operators).
+"""Which implementation computes: `native` (C++ on the CPU), `metal` (Apple GPUs) or `reference` (plain MLX operators).
 
-Owns the choice and the interface. All operands are float32 numpy arrays; weights stay in their stored type. Both
-implementations promise that a row's result does not depend on which other rows are computed with it.
+Owns the choice, and the interface of those that compute on the host: all operands are float32 numpy arrays; weights
+stay in their stored type; a row's result does not depend on which other rows are computed with it. Those on the GPU
+(`metal.py`) take and give MLX arrays, late; `flashsparse.metal` is what an engine is made of with them.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Protocol
 
 from flashsparse.errors import UsageError
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from flashsparse.pack.manifest import Manifest
     from flashsparse.weights import Weight
 
-CHOICES = ("auto", "native", "reference")
+CHOICES = ("auto", "native", "metal", "reference")
 
 
 class Kernels(Protocol):
@@ -80,10 +82,28 @@ class Kernels(Protocol):
         """Stop the compute threads."""
 
 
-def make_kernels(choice: str, manifest: Manifest, threads: int) -> Kernels:
-    """Build the kernels named by `choice` for a pack. Raises UsageError for an unknown name."""
+def resolve(choice: str, layers: str = "auto") -> str:
+    """The kernels that `choice` stands for: auto is metal where MLX's default device is an Apple GPU, else native.
+
+    layers: "native" asks for native code. Raises UsageError for an unknown name, and for metal where there is none.
+    """
     if choice not in CHOICES:
         raise UsageError(f"kernels: {choice!r} is not one of {', '.join(CHOICES)}")
+    if choice == "auto":
+        return "metal" if layers != "native" and sys.platform == "darwin" and _has_metal() else "native"
+    if choice == "metal" and not _has_metal():
+        raise UsageError("kernels: 'metal' needs an Apple GPU as MLX's default device; use 'native' or 'auto'")
+    return choice
+
+
+def _has_metal() -> bool:
+    from metal_kernels.launch import available  # imports MLX, which takes time
+
+    return available()
+
+
+def make_kernels(choice: str, manifest: Manifest, threads: int) -> Kernels:
+    """Build the host's kernels for a pack: "reference" or "native"."""
     if choice == "reference":
         from flashsparse.kernels.reference import ReferenceKernels
 

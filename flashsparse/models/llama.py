@@ -12,34 +12,35 @@ from typing import Any
 from mlx_lm.models import llama
 
 from flashsparse.ffn import StreamedFFN
-from flashsparse.kernels import Kernels
-from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Hinting, Linear, linear, norm
+from flashsparse.models.decoder import Decoder
+from flashsparse.models.modules import Hinting, Parts, norm
 from flashsparse.weights import ResidentStore
 
 
-def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: list[StreamedFFN]) -> Decoder:
-    """Assemble the model from a normalized configuration and a pack's resident tensors."""
+def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list[StreamedFFN]) -> Decoder:
+    """Assemble the model from a normalized configuration and a pack's resident tensors, out of `parts`."""
     args = llama.ModelArgs.from_dict({**config, "layer_types": None, "sliding_window": None})
     model = llama.Model(args)
     scale = config.get("residual_multiplier", 1.0)
     for index, layer in enumerate(model.layers):
         base = f"model.layers.{index}"
         window = config["sliding_window"] if config["layer_types"][index] == "sliding_attention" else 0
-        layer.self_attn = _attention(layer.self_attn, kernels, store, f"{base}.self_attn", window or 0)
+        layer.self_attn = _attention(layer.self_attn, parts, store, f"{base}.self_attn", window or 0)
         layer.self_attn.scale = scale
-        layer.mlp = FFN(ffns[index], scale)
+        layer.mlp = parts.ffn(ffns[index], scale)
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
         layer.input_layernorm = Hinting(layer.input_layernorm, ffns[index])
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
     norm(model.model.norm, store, "model.norm")
     embedding = store.weight("model.embed_tokens")
-    model.model.embed_tokens = Embedding(kernels, embedding, config.get("embedding_multiplier", 1.0))
+    model.model.embed_tokens = parts.embedding(embedding, config.get("embedding_multiplier", 1.0))
     head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
-    return Decoder(model.model, Linear(kernels, head), config.get("logits_divisor", 1.0))
+    decoder: Decoder = parts.decoder(model.model, parts.product(head), config.get("logits_divisor", 1.0))
+    return decoder
 
 
-def _attention(original: Any, kernels: Kernels, store: ResidentStore, base: str, window: int) -> Attention:
-    q, k, v, o = (linear(kernels, store, f"{base}.{part}_proj") for part in "qkvo")
-    return Attention(
-        kernels, q, k, v, o, original.n_heads, original.n_kv_heads, original.head_dim, original.rope, window
-    )
+def _attention(original: Any, parts: Parts, store: ResidentStore, base: str, window: int) -> Any:
+    q, k, v, o = (parts.linear(store, f"{base}.{part}_proj") for part in "qkvo")
+    made = parts.attention(q, k, v, o, original.n_heads, original.n_kv_heads, original.head_dim)
+    made.rope, made.window = original.rope, window
+    return made

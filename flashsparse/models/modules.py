@@ -131,17 +131,39 @@ class Hinting:
         return self.norm(x)
 
 
-def linear(kernels: Kernels, store: ResidentStore, base: str) -> Linear:
-    """The linear layer stored under `<base>.weight` and, if present, `<base>.bias`."""
-    return Linear(kernels, store.weight(base), store.vector(f"{base}.bias"))
-
-
 def norm(module: Any, store: ResidentStore, base: str) -> None:
     """Put the stored weight (and bias) of a norm into an MLX norm module, in float32."""
     for part in ("weight", "bias"):
         stored = store.vector(f"{base}.{part}")
         if stored is not None:
             module[part] = mx.array(stored)
+
+
+class Parts:
+    """Makes the modules of a model, for kernels that compute on the host."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    def linear(self, store: ResidentStore, base: str) -> Any:
+        """The linear layer stored under `<base>.weight` and, if present, `<base>.bias`."""
+        return self.product(store.weight(base), store.vector(f"{base}.bias"))
+
+    def product(self, weight: Weight, bias: np.ndarray | None = None) -> Any:
+        return Linear(self.kernels, weight, bias)
+
+    def embedding(self, weight: Weight, scale: float = 1.0) -> Any:
+        return Embedding(self.kernels, weight, scale)
+
+    def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
+        """Without rotation, window and scale, which are the caller's to set."""
+        return Attention(self.kernels, q, k, v, o, heads, kv_heads, head_dim)
+
+    def ffn(self, streamed: StreamedFFN, scale: float = 1.0) -> Any:
+        return FFN(streamed, scale)
+
+    def decoder(self, inner: Callable[..., mx.array], head: Any, divisor: float = 1.0) -> Any:
+        return Decoder(inner, head, divisor)
 
 
 @dataclass(eq=False)

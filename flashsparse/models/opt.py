@@ -14,9 +14,9 @@ import mlx.nn as nn
 from mlx_lm.models.base import BaseModelArgs
 
 from flashsparse.ffn import StreamedFFN
-from flashsparse.kernels import Kernels
 from flashsparse.kvcache import KVCache
-from flashsparse.models.modules import FFN, Attention, Decoder, Embedding, Linear, hint, linear, norm
+from flashsparse.models.decoder import Decoder
+from flashsparse.models.modules import Parts, hint, norm
 from flashsparse.weights import ResidentStore
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table are padding
@@ -34,7 +34,7 @@ class ModelArgs(BaseModelArgs):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, args: ModelArgs, attention: Attention, ffn: FFN) -> None:
+    def __init__(self, args: ModelArgs, attention: Any, ffn: Any) -> None:
         super().__init__()
         self.norm_first = args.do_layer_norm_before
         self.self_attn = attention
@@ -75,28 +75,29 @@ class OPTDecoder(nn.Module):
         return x if self.project_out is None else self.project_out(x)
 
 
-def build(config: dict[str, Any], store: ResidentStore, kernels: Kernels, ffns: list[StreamedFFN]) -> Decoder:
-    """Assemble the model from a normalized configuration and a pack's resident tensors."""
+def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list[StreamedFFN]) -> Decoder:
+    """Assemble the model from a normalized configuration and a pack's resident tensors, out of `parts`."""
     args = ModelArgs.from_dict({**config, "remove_final_layer_norm": config.get("_remove_final_layer_norm", False)})
-    layers = [_layer(args, store, kernels, ffn, f"model.decoder.layers.{i}") for i, ffn in enumerate(ffns)]
-    decoder = OPTDecoder(args, layers)
+    layers = [_layer(args, store, parts, ffn, f"model.decoder.layers.{i}") for i, ffn in enumerate(ffns)]
+    model = OPTDecoder(args, layers)
     embedding = store.weight("model.decoder.embed_tokens")
-    decoder.embed_tokens = Embedding(kernels, embedding)
-    decoder.embed_positions = Embedding(kernels, store.weight("model.decoder.embed_positions"))
+    model.embed_tokens = parts.embedding(embedding)
+    model.embed_positions = parts.embedding(store.weight("model.decoder.embed_positions"))
     if args.word_embed_proj_dim != args.hidden_size:
-        decoder.project_in = linear(kernels, store, "model.decoder.project_in")
-        decoder.project_out = linear(kernels, store, "model.decoder.project_out")
-    if decoder.final_layer_norm is not None:
-        norm(decoder.final_layer_norm, store, "model.decoder.final_layer_norm")
+        model.project_in = parts.linear(store, "model.decoder.project_in")
+        model.project_out = parts.linear(store, "model.decoder.project_out")
+    if model.final_layer_norm is not None:
+        norm(model.final_layer_norm, store, "model.decoder.final_layer_norm")
     head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
-    return Decoder(decoder, Linear(kernels, head))
+    decoder: Decoder = parts.decoder(model, parts.product(head))
+    return decoder
 
 
-def _layer(args: ModelArgs, store: ResidentStore, kernels: Kernels, ffn: StreamedFFN, base: str) -> DecoderLayer:
-    q, k, v, o = (linear(kernels, store, f"{base}.self_attn.{part}_proj") for part in ("q", "k", "v", "out"))
+def _layer(args: ModelArgs, store: ResidentStore, parts: Parts, ffn: StreamedFFN, base: str) -> DecoderLayer:
+    q, k, v, o = (parts.linear(store, f"{base}.self_attn.{part}_proj") for part in ("q", "k", "v", "out"))
     heads = args.num_attention_heads
-    attention = Attention(kernels, q, k, v, o, heads, heads, args.hidden_size // heads)
-    layer = DecoderLayer(args, attention, FFN(ffn))
+    attention = parts.attention(q, k, v, o, heads, heads, args.hidden_size // heads)
+    layer = DecoderLayer(args, attention, parts.ffn(ffn))
     norm(layer.self_attn_layer_norm, store, f"{base}.self_attn_layer_norm")
     norm(layer.final_layer_norm, store, f"{base}.final_layer_norm")
     return layer

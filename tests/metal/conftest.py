@@ -12,14 +12,12 @@ from tests.metal.harness import metal_on_cpu
 
 
 @pytest.fixture
-def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`mx.fast.metal_kernel` from the harness, unless this machine has Metal."""
+def metal() -> Iterator[None]:
+    """The kernels built by the harness, unless this machine has Metal."""
     if mx.metal.is_available():
         yield
         return
     if metal_on_cpu.compiler() is None:
         pytest.skip("no C++ compiler and no Metal")
-    monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
-    launch.kernel.cache_clear()
-    yield
-    launch.kernel.cache_clear()
+    with launch.stand_in(metal_on_cpu.metal_kernel):
+        yield

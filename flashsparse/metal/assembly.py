@@ -1,0 +1,138 @@
+"""Puts the layers of an engine on the GPU together: what `flashsparse.assembly` does, with MLX's memory and choosers.
+
+Leaves out lookahead: a hint would cost a second read-back in each layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flashsparse.assembly import Assembly
+from flashsparse.compact import CompactGate
+from flashsparse.ffn import Scratch, StreamedFFN, Tiles
+from flashsparse.kernels.metal import MetalKernels, vector
+from flashsparse.metal.choice import (
+    Everything,
+    Gate,
+    MetalChooser,
+    Predict,
+    PredictGate,
+    Search,
+    by_copy,
+    by_factors,
+    by_value,
+)
+from flashsparse.metal.ffn import MetalFFN, MetalScratch
+from flashsparse.metal.places import Place
+from flashsparse.metal.refills import Refills
+from flashsparse.models.tensors import scoring_name
+from metal_kernels.candidates import CompactCopy
+from metal_kernels.value import Copy
+
+if TYPE_CHECKING:
+    from flashsparse.choice import Chooser
+    from flashsparse.prefetch import Prefetch
+    from flashsparse.sizes import Sizes
+    from flashsparse.stats import Counters
+
+
+@dataclass
+class MetalAssembly(Assembly):
+    """As Assembly; its `kernels` are MetalKernels."""
+
+    unified: bool = True
+
+    @property
+    def metal(self) -> MetalKernels:
+        kernels: Any = self.kernels
+        assert isinstance(kernels, MetalKernels)
+        return kernels
+
+    def _scratch(self, sizes: Sizes, tile_bytes: int) -> Scratch:
+        m, buffers = self.pack.manifest, (self.metal.buffer(tile_bytes), self.metal.buffer(tile_bytes))
+        room = min(m.intermediate_size, tile_bytes // m.record.bytes + 1)
+        size = np.broadcast_to(np.float32(0), (sizes.hidden_floats(),))  # of no memory: only its length is asked for
+        places = {
+            tile.address: Place(self.metal, tile, room, m.intermediate_size, Refills(self.metal.timeline, 1))
+            for tile in buffers
+        }
+        return MetalScratch(size, size, Tiles(buffers, tile_bytes), places)
+
+    def _ffn(self, *arguments: Any) -> StreamedFFN:
+        return MetalFFN(*arguments)
+
+    def _layer(self, index: int, chooser: Chooser, scratch: Scratch, counters: Counters) -> StreamedFFN:
+        ffn = super()._layer(index, chooser, scratch, counters)
+        assert isinstance(ffn, MetalFFN)
+        ffn.bias, ffn.down_bias = vector(ffn.down_bias), None
+        if ffn.slab is not None and ffn.table is not None:
+            slots = ffn.table.slots
+            refills = Refills(self.metal.timeline, slots)
+            ffn.place = Place(self.metal, ffn.slab, slots, self.pack.manifest.intermediate_size, refills)
+        return ffn
+
+    def _lookahead(self, ffn: StreamedFFN) -> Prefetch | None:
+        return None
+
+    def _choosers(self) -> list[Any]:
+        for store in self.pack.stores:
+            self.metal.adopt(store)
+        return [self._chooser(index) for index in range(self.pack.manifest.layers)]
+
+    def _chooser(self, layer: int) -> MetalChooser:
+        m = self.pack.manifest
+        if self.tier == "predict":
+            return self._predict(layer)
+        if m.gate == "none":
+            return Everything(m.intermediate_size)
+        return self._search(layer) if m.gate == "compact" else self._gate(layer)
+
+    def _gate(self, layer: int) -> Gate:
+        weight, bias = self._scoring(layer)
+        return Gate(self.metal, self.metal.stored(weight), vector(bias), self.pack.manifest.intermediate_size)
+
+    def _search(self, layer: int) -> Search:
+        m = self.pack.manifest
+        gate = CompactGate.load(self.store, scoring_name(m.family, layer), m.hidden_size)
+        high, low, scales, errors = (
+            self.metal.views.of(part) for part in (gate.high, gate.low, gate.scales, gate.errors)
+        )
+        copy = CompactCopy(high, low, scales, errors, vector(gate.bias))
+        return Search(self.metal, copy, m.activation.param, m.intermediate_size)
+
+    def _predict(self, layer: int) -> MetalChooser:
+        m = self.pack.manifest
+        assert m.predictor is not None
+        spec, (threshold, k) = m.predictor.layers[layer], self._rule(layer)
+        if m.gate == "full":
+            gate = self._gate(layer)
+            if spec.every:
+                return gate
+            product = self.metal.product(self._scoring(layer)[0])
+            return PredictGate(self.metal, gate, product, threshold, k, m.activation.name == "silu")
+        if spec.every or self.predictors is None:
+            return Everything(m.intermediate_size)
+        return Predict(self.metal, self._scorer(layer), threshold, k, m.intermediate_size)
+
+    def _scorer(self, layer: int) -> Any:
+        m, store, base = self.pack.manifest, self.predictors, f"layers.{layer}"
+        assert m.predictor is not None and store is not None
+        if m.predictor.score == "low_rank":
+            fc1, fc2 = (self.metal.product(store.weight(f"{base}.{name}")) for name in ("fc1", "fc2"))
+            bias = vector(store.vector(f"{base}.fc2.bias"))
+            return by_factors(self.metal, fc1, fc2, bias, m.predictor.layers[layer].relu)
+        gate = self._copy(f"{base}.gate")
+        if m.predictor.score == "gate_copy":
+            return by_copy(gate, m.activation.name == "silu")
+        norms = vector(store.tensor(f"{base}.down_norm"))
+        assert norms is not None
+        return by_value(self.metal, gate, self._copy(f"{base}.up") if m.gated else None, norms)
+
+    def _copy(self, base: str) -> Copy:
+        assert self.predictors is not None
+        kept = self.metal.stored(self.predictors.weight(base))
+        assert kept.scales is not None and kept.biases is not None
+        return Copy(kept.data, kept.scales, kept.biases, kept.bits, vector(self.predictors.vector(f"{base}.bias")))

@@ -1,0 +1,221 @@
+"""The engine's Metal path around its kernels, which plain MLX operators stand in for: results, refills, read-backs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import flashsparse
+from flashsparse.errors import RefillError, UsageError
+from flashsparse.flash.reader import Batch
+from flashsparse.kernels import resolve
+from flashsparse.metal.refills import Refills, Timeline
+from flashsparse.stats import Counters
+from metal_kernels import launch
+from tests.metal import plain
+from tests.metal.kinds import DECODED, KINDS, PROMPT, close, run
+from tests.vector_files import TOLERANCE, error
+
+LAYERS = 3
+
+
+@pytest.fixture
+def stand_in() -> Iterator[None]:
+    with launch.stand_in(plain.metal_kernel):
+        yield
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kinds")
+    return {name: KINDS[name](root / name) for name in ("exact", "compact", "gate-copy", "dense")}
+
+
+@pytest.fixture
+def debug(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checks of Python's development mode."""
+    made = Refills.__post_init__
+
+    def on(self: Refills) -> None:
+        made(self)
+        self.debug = True
+
+    monkeypatch.setattr(Refills, "__post_init__", on)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_pack_computes_what_native_does(kind: str, tmp_path: Path, stand_in: None, debug: None) -> None:
+    pack = KINDS[kind](tmp_path)
+    expected, native = run(pack)
+    found, metal = run(pack, kernels="metal")
+    assert close(found, expected)
+    assert (metal.hits, metal.misses, metal.active) == pytest.approx(
+        (native.hits, native.misses, native.active), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy", "dense"])
+def test_results_do_not_depend_on_slots_or_reading(
+    kind: str, packs: dict[str, Path], stand_in: None, debug: None
+) -> None:
+    """Up to the stand-in's products, whose sums depend on how many records they take; the harness's have equal bits."""
+    expected, _ = run(packs[kind], kernels="metal", slots=224)
+    for options in ({"slots": 9}, {"slots": 40, "io_threads": 1}, {"slots": 70, "read_mode": "buffered"}):
+        found, _ = run(packs[kind], kernels="metal", **options)
+        assert error(found, expected) < 1e-5, options
+
+
+@pytest.mark.parametrize("slots", [9, 60])
+def test_results_do_not_depend_on_the_order_of_arrival(
+    slots: int, packs: dict[str, Path], stand_in: None, debug: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = run(packs["exact"], kernels="metal", slots=slots)
+    take, rng, waiting = Batch.take, np.random.default_rng(5), {}
+
+    def shuffled(self: Batch, least: int = 1) -> np.ndarray:
+        """All reads, handed out in another order and a few at a time."""
+        if self.number not in waiting:
+            parts = []
+            while len(part := take(self)):
+                parts.append(part)
+            waiting[self.number] = list(rng.permutation(np.concatenate(parts))) if parts else []
+        left = waiting[self.number]
+        count = int(rng.integers(1, 4))
+        done, waiting[self.number] = left[:count], left[count:]
+        return np.array(done, np.int32)
+
+    monkeypatch.setattr(Batch, "take", shuffled)
+    found, _ = run(packs["exact"], kernels="metal", slots=slots)
+    assert np.array_equal(found, expected)
+
+
+def test_refilling_too_early_would_change_results(
+    packs: dict[str, Path], stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the rule the rounds of a token overwrite what is still to be computed: the stand-in is late enough."""
+    expected, _ = run(packs["exact"], kernels="metal", slots=9)
+    monkeypatch.setattr(Refills, "settle", lambda self: self._leases.clear())
+    found, _ = run(packs["exact"], kernels="metal", slots=9)
+    assert error(found, expected) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy"])
+def test_a_decoded_token_reads_back_once_a_layer(kind: str, packs: dict[str, Path], stand_in: None) -> None:
+    with flashsparse.load(packs[kind], kernels="metal", slots=160) as engine, engine.session() as session:
+        session.logits(PROMPT)
+        for token in DECODED:
+            before = engine.counters.readbacks
+            session.logits([token])
+            assert engine.counters.readbacks - before == LAYERS + 1  # and the logits
+
+
+@pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy"])
+def test_a_decoded_token_makes_no_arrays_of_weights_or_lists(
+    kind: str, packs: dict[str, Path], stand_in: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLX takes nothing from the host but the token's number, and no more memory than small results need."""
+    made: list[Any] = []
+    constructor = mx.array
+
+    def counted(*arguments: Any) -> mx.array:
+        made.append(arguments[0])
+        return constructor(*arguments)
+
+    with flashsparse.load(packs[kind], kernels="metal", slots=160) as engine, engine.session() as session:
+        session.logits(PROMPT)
+        session.logits([1])
+        for token in DECODED:
+            with monkeypatch.context() as patched:
+                patched.setattr(mx, "array", counted)
+                session.logits([token])
+        held = []
+        for token in DECODED:
+            session.logits([token])
+            held.append(mx.get_active_memory())
+    assert max(held) - min(held) < 16 << 10  # nothing is kept
+    assert [np.size(each) for each in made] == [1] * len(DECODED)
+
+
+def test_keys_and_values_are_written_in_place(packs: dict[str, Path], stand_in: None) -> None:
+    with flashsparse.load(packs["exact"], kernels="metal", max_kv_size=64) as engine, engine.session() as session:
+        session.logits(PROMPT)
+        cache = engine._caches[0]
+        before = cache.keys.ctypes.data, cache.values.ctypes.data
+        for token in DECODED:
+            session.logits([token])
+        assert (cache.keys.ctypes.data, cache.values.ctypes.data) == before
+
+
+def test_a_saved_session_is_the_native_kernels_session_too(
+    packs: dict[str, Path], stand_in: None, tmp_path: Path
+) -> None:
+    with flashsparse.load(packs["exact"], max_kv_size=64) as engine, engine.session() as session:
+        session.logits(PROMPT)
+        session.save(tmp_path / "native")
+        expected = session.logits(DECODED)
+    with flashsparse.load(packs["exact"], kernels="metal", max_kv_size=64) as engine, engine.session() as session:
+        session.load(tmp_path / "native")
+        assert error(session.logits(DECODED), expected) < TOLERANCE
+        session.save(tmp_path / "metal")
+    with flashsparse.load(packs["exact"], max_kv_size=64) as engine, engine.session() as session:
+        session.load(tmp_path / "metal")
+        assert session.fed == len(PROMPT) + len(DECODED)
+
+
+def test_refills_wait_and_a_generation_that_changed_is_an_error() -> None:
+    counters = Counters()
+    timeline = Timeline(counters)
+    refills = Refills(timeline, 8, debug=True)
+    refills.reading(np.array([1, 2]), mx.zeros((1,)) + 1)
+    refills.refilling(np.array([3]))
+    with pytest.raises(RefillError, match="may still read"):
+        refills.refilling(np.array([2, 4]))
+    refills.settle()
+    assert counters.readbacks == 1
+    refills.refilling(np.array([2]))
+    refills.reading(np.array([2]), mx.zeros((1,)) + 1)
+    refills.generation[2] += 1  # something wrote into the slot
+    with pytest.raises(RefillError, match=r"slots \[2\]"):
+        refills.settle()
+
+
+def test_what_a_later_result_depends_on_is_not_waited_for_again() -> None:
+    counters = Counters()
+    timeline = Timeline(counters)
+    refills = Refills(timeline, 4)
+    output = mx.zeros((1,)) + 1
+    refills.reading(np.array([0]), output)
+    timeline.later((output != 0).sum())
+    timeline.finish(output + 1)
+    refills.refilling(np.array([0]))
+    refills.settle()
+    assert (counters.readbacks, counters.fired) == (1, 1)
+
+
+def test_what_the_kernels_names_stand_for(packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve("native") == "native" and resolve("reference") == "reference"
+    with launch.stand_in(plain.metal_kernel):
+        assert resolve("metal") == "metal"
+        monkeypatch.setattr("sys.platform", "darwin")
+        assert resolve("auto") == "metal"
+        assert resolve("auto", layers="native") == "native"
+    if not launch.available():
+        assert resolve("auto") == "native"
+        with pytest.raises(UsageError, match="needs an Apple GPU"):
+            resolve("metal")
+
+
+def test_what_the_gpu_does_not_do_is_refused(packs: dict[str, Path], stand_in: None) -> None:
+    for options in ({"lookahead": "on"}, {"layers": "native"}):
+        with pytest.raises(UsageError, match="native"):
+            flashsparse.load(packs["exact"], kernels="metal", **options)
+    with (
+        flashsparse.load(packs["exact"], kernels="metal") as engine,
+        pytest.raises(UsageError, match="kernels='native'"),
+    ):
+        engine.judge(print)
