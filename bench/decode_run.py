@@ -54,7 +54,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-kv-size", type=int, default=None, help="[default: prompt and tokens]")
     parser.add_argument("--read-mode", default="auto", choices=["auto", "direct", "buffered"])
     parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--io-threads", type=int, default=16)
+    parser.add_argument("--io-threads", type=int, default=None, help="[default: the engine's]")
 
 
 def read_sequence(path: Path, count: int) -> tuple[list[int], dict[str, Any]]:

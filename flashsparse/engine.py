@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from flashsparse.assembly import Assembly
     from flashsparse.ffn import StreamedFFN
     from flashsparse.flash import ReadPool
+    from flashsparse.flash.curve import Curve
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
     from flashsparse.kvcache import KVCache
@@ -50,7 +51,7 @@ def load(
     dram: str | int | None = None,
     max_kv_size: int | None = None,
     threads: int | None = None,
-    io_threads: int = 16,
+    io_threads: int | None = None,
     read_mode: str = "auto",
     kernels: str = "auto",
     on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -66,8 +67,10 @@ def load(
         dram: the budget, in bytes or as "7GB", "4GiB", "50%". None: half of the machine's memory or what the model
             needs, whichever is smaller, within a control group's limit.
         max_kv_size: positions (tokens) of KV cache to reserve. None: as many as leave room for one token's set.
-        threads: compute threads. None: one per core. io_threads: threads that read from flash.
-        read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works.
+        threads: compute threads. None: one per core.
+        io_threads: threads that read from flash. None: what the drive's curve asks for, 16 where it has none.
+        read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works,
+            unless the drive's curve finds buffered reads faster.
         kernels: "native" (CPU), "metal" (Apple GPU), "reference" (plain MLX operators, slow) or "auto": metal where
             MLX's default device is an Apple GPU, else native.
         on_plan: called with the memory plan before anything but the resident weights is loaded.
@@ -95,7 +98,7 @@ class _Options:
         dram: str | int | None,
         max_kv_size: int | None,
         threads: int | None,
-        io_threads: int,
+        io_threads: int | None,
         read_mode: str,
         kernels: str,
         on_plan: Callable[[MemoryPlan], None] | None,
@@ -122,7 +125,7 @@ class _Options:
         self.threads = (
             min(os.cpu_count() or 1, MAX_THREADS) if threads is None else whole("threads", threads, 1, MAX_THREADS)
         )
-        self.io_threads = whole("io_threads", io_threads, 1, MAX_THREADS)
+        self.io_threads = None if io_threads is None else whole("io_threads", io_threads, 1, MAX_THREADS)
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
         self.native_layers = layers != "modules" and kernels == "native"
@@ -149,6 +152,7 @@ class Engine:
     """A loaded pack. Use `session()` for a conversation; close it, or use it as a context manager."""
 
     def __init__(self, path: str | os.PathLike[str], options: _Options) -> None:
+        from flashsparse.machine import known_curve, read_mode
         from flashsparse.opening import open_pack
 
         self._began = time.perf_counter()
@@ -168,9 +172,13 @@ class Engine:
         self.layers = "native" if options.native_layers else "modules"
         self.kernels = options.kernels
         self._pack: OpenPack | None = None
+        curve = known_curve(Path(path))
         try:
             self._pack = open_pack(
-                Path(path), options.read_mode, not options.native_layers, lambda pack: self._begin(pack, options)
+                Path(path),
+                read_mode(options.read_mode, curve),
+                not options.native_layers,
+                lambda pack: self._begin(pack, options, curve),
             )
             # "direct" only when every file accepts it
             self.read_mode = "direct" if all(f.direct for f in self._pack.files) else "buffered"
@@ -180,21 +188,23 @@ class Engine:
             self.close()
             raise
 
-    def _begin(self, pack: OpenPack, options: _Options) -> None:
+    def _begin(self, pack: OpenPack, options: _Options, curve: Curve | None) -> None:
         """Start reading what stays in memory, which needs none of the libraries and takes longest."""
         from flashsparse.flash import ReadPool
+        from flashsparse.machine import read_threads
         from flashsparse.pack.predictor import predictor_quant
         from flashsparse.sizes import Sizes
         from flashsparse.weights import ResidentStore
 
         self.manifest: Manifest = pack.manifest
         self.tier = _tier(self.manifest, options.tier)
+        io_threads = read_threads(options.io_threads, curve, self.manifest.record.bytes)
         unified = self.kernels == "metal"
-        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, options.io_threads, unified)
+        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified)
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
         self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
         if self._pool is None:
-            self._pool = ReadPool(options.io_threads, self._sizes.staging_bytes())
+            self._pool = ReadPool(io_threads, self._sizes.staging_bytes())
         quants: dict[int, Mapping[str, Quant]] = {0: self.manifest.resident_quant}
         if self.tier == "predict" and pack.predictor is not None:
             quants[pack.predictor] = predictor_quant(self.manifest)

@@ -45,7 +45,7 @@ class FlashSparseLM(LM):
         dram: str | int | None = None,
         max_kv_size: int | None = None,
         threads: int | None = None,
-        io_threads: int = 16,
+        io_threads: int | None = None,
         read_mode: str = "auto",
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,

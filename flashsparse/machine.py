@@ -17,9 +17,20 @@ from flashsparse import native
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve, load_curve, measure, save_curve
 from flashsparse.places import cache_dir
 
-__all__ = ["DEPTHS", "SIZES", "Curve", "find_curve", "memory_rate"]
+__all__ = [
+    "DEPTHS",
+    "IO_THREADS",
+    "SIZES",
+    "Curve",
+    "find_curve",
+    "known_curve",
+    "memory_rate",
+    "read_mode",
+    "read_threads",
+]
 
 MEMORY_BYTES = 256 << 20
+IO_THREADS = 16  # on a drive whose curve is not known
 
 
 def find_curve(folder: Path, again: bool, tell: Callable[[str], object]) -> tuple[Curve, bool]:
@@ -36,6 +47,23 @@ def find_curve(folder: Path, again: bool, tell: Callable[[str], object]) -> tupl
     except OSError as error:
         tell(f"the curve could not be kept: {error}")
     return curve, False
+
+
+def known_curve(folder: Path) -> Curve | None:
+    """The curve that was kept for the drive under `folder`, if any."""
+    return load_curve(cache_dir(), folder)
+
+
+def read_mode(asked: str, curve: Curve | None) -> str:
+    """How to open a pack's files: as `asked`, and for "auto" what the drive's curve found faster."""
+    return "buffered" if asked == "auto" and curve is not None and curve.mode == "buffered" else asked
+
+
+def read_threads(asked: int | None, curve: Curve | None, record_bytes: int) -> int:
+    """How many threads read: as many as `asked`, and for None what the drive's curve found enough for records."""
+    if asked is not None:
+        return asked
+    return IO_THREADS if curve is None else curve.threads(record_bytes)
 
 
 def memory_rate(threads: int | None) -> float:

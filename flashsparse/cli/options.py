@@ -26,7 +26,7 @@ class Memory:
     dram: str | None = None
     max_kv_size: int | None = None
     threads: int | None = None
-    io_threads: int = 16
+    io_threads: int | None = None
     read_mode: str = "auto"
     lookahead: str = "auto"
     kernels: str = "auto"
@@ -58,12 +58,17 @@ def memory_options(
             help=f"Tokens to reserve KV cache for.  [default: {max_kv_size}]",
         ),
         click.option("--threads", type=click.IntRange(1), help="Compute threads.  [default: one per core]"),
-        click.option("--io-threads", type=click.IntRange(1, 256), default=16, help="Threads that read from flash."),
+        click.option(
+            "--io-threads",
+            type=click.IntRange(1, 256),
+            help="Threads that read from flash.  [default: what the drive's curve asks for (see doctor), else 16]",
+        ),
         click.option(
             "--read-mode",
             type=click.Choice(["auto", "direct", "buffered"]),
             default="auto",
-            help="Past or through the system's file cache; auto is direct where the file system allows it.",
+            help="Past or through the system's file cache; auto is direct where the file "
+            "system allows it, unless the drive's curve finds buffered reads faster.",
         ),
         click.option(
             "--lookahead",

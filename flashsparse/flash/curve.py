@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -33,6 +34,8 @@ DEPTHS = (1, 2, 4, 8, 16, 32)
 POINT_S = 0.02  # of one point; direct ones are measured twice, and the better counts: others may use the drive too
 FILE_BYTES = 512 << 20  # of the temporary file
 LEAST_BYTES = 128 << 20  # of existing files that are measured instead of it
+BUFFERED_WINS = 1.25  # by less, the memory that no budget counts is not worth it
+LEAST_THREADS = 8  # one too many costs its staging, one too few the speed of the drive's better minutes
 VERSION = 1
 
 Rates = tuple[tuple[float, ...], ...]
@@ -56,14 +59,14 @@ class Curve:
 
     @property
     def mode(self) -> str:
-        """ "direct" or "buffered"; buffered has to win by a tenth, since it takes memory that no budget counts."""
+        """ "direct" or "buffered"; buffered has to win by BUFFERED_WINS."""
         return self._faster()[0]
 
     def _faster(self) -> tuple[str, Rates]:
         if self.direct is None:
             assert self.buffered is not None
             return "buffered", self.buffered
-        if self.buffered is not None and _area(self.buffered) > 1.1 * _area(self.direct):
+        if self.buffered is not None and _area(self.buffered) > BUFFERED_WINS * _area(self.direct):
             return "buffered", self.buffered
         return "direct", self.direct
 
@@ -80,6 +83,10 @@ class Curve:
         """The fewest reads in flight that reach 95 % of the best rate at the measured size next to `size`."""
         row = self.rates()[min(range(len(SIZES)), key=lambda i: abs(math.log(SIZES[i] / max(size, 1))))]
         return next(depth for depth, rate in zip(DEPTHS, row, strict=True) if rate >= 0.95 * max(row))
+
+    def threads(self, size: int) -> int:
+        """Read threads for records of `size` bytes: the depth, but some more where the curve asks for few."""
+        return max(LEAST_THREADS, self.depth(size))
 
     def merging(self, size: int) -> Merging:
         """The gap between records of `size` bytes that costs as much as the request that reading it saves.
@@ -208,8 +215,7 @@ def _write(folder: Path, size: int) -> Path:
 
 def _measure(device: str, paths: Sequence[Path]) -> Curve:
     with Loop(max(SIZES) * max(DEPTHS)) as loop:
-        direct = _table(loop, paths, "direct")
-        buffered = _table(loop, paths, "buffered")
+        direct, buffered = _tables(loop, paths)
         sequential = 0.0
         with FlashFile(paths[0], "direct") as file:
             for _ in range(2):
@@ -221,25 +227,27 @@ def _measure(device: str, paths: Sequence[Path]) -> Curve:
     return Curve(device, direct, buffered, sequential)
 
 
-def _table(loop: Loop, paths: Sequence[Path], mode: str) -> Rates | None:
-    files = [FlashFile(path, mode) for path in paths]
-    try:
-        if mode == "direct" and not all(file.direct for file in files):
-            return None
-        rng, rows = np.random.default_rng(0), []
-        for size in SIZES:
-            row = []
-            for index, depth in enumerate(DEPTHS):
-                turns = range(2 if mode == "direct" else 1)
-                rates = [_point(loop, files[(index + turn) % len(files)], rng, size, depth) for turn in turns]
-                if None in rates:
-                    return None
-                row.append(max(rate for rate in rates if rate is not None))
-            rows.append(tuple(row))
-        return tuple(rows)
-    finally:
-        for file in files:
-            file.close()
+def _tables(loop: Loop, paths: Sequence[Path]) -> tuple[Rates | None, Rates | None]:
+    """Direct and buffered rates, point by point in turn: what else uses the drive meanwhile meets both."""
+    rng, found = (
+        np.random.default_rng(0),
+        {mode: np.zeros((len(SIZES), len(DEPTHS))) for mode in ("direct", "buffered")},
+    )
+    with contextlib.ExitStack() as stack:
+        files = {mode: [stack.enter_context(FlashFile(path, mode)) for path in paths] for mode in found}
+        if not all(file.direct for file in files["direct"]):
+            del found["direct"]
+        for (i, size), (j, depth) in itertools.product(enumerate(SIZES), enumerate(DEPTHS)):
+            for mode, turn in (("direct", 0), ("buffered", 0), ("direct", 1)):
+                if mode not in found:
+                    continue
+                rate = _point(loop, files[mode][(j + turn) % len(paths)], rng, size, depth)
+                if rate is None:
+                    del found[mode]
+                else:
+                    found[mode][i, j] = max(found[mode][i, j], rate)
+    tables = {mode: tuple(tuple(map(float, row)) for row in rates) for mode, rates in found.items()}
+    return tables.get("direct"), tables.get("buffered")
 
 
 def _point(loop: Loop, file: FlashFile, rng: np.random.Generator, size: int, depth: int) -> float | None:

@@ -77,9 +77,44 @@ def test_depth_is_the_least_that_is_fast_enough() -> None:
     assert Curve("", (row,) * len(SIZES), None, 1.0).depth(6912) == 8
 
 
-def test_buffered_has_to_win_by_a_tenth() -> None:
+def test_threads_are_the_depth_but_not_too_few() -> None:
+    row = (1.0, 2.0, 4.0, 7.8, 16.0, 16.0)
+    assert Curve("", (row,) * len(SIZES), None, 1.0).threads(6912) == 16
+    assert made(1e-5, 1e9).threads(6912) == curve.LEAST_THREADS
+
+
+def test_both_modes_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    rates = iter(np.arange(1.0, 1000.0))
+
+    def point(loop: curve.Loop, file: FlashFile, *_: object) -> float | None:
+        asked.append(file.direct)
+        return float(next(rates))
+
+    monkeypatch.setattr(curve, "_point", point)
+    monkeypatch.setattr(curve.Loop, "rate", lambda *_: 1.0)
+    found = measure(tmp_path, size=16 << 20)
+    turns = (True, False, True) if found.direct else (False,)
+    assert asked == list(turns) * (len(SIZES) * len(DEPTHS))
+    assert found.buffered is not None and found.buffered[0][0] == (2.0 if found.direct else 1.0)
+    assert found.direct is None or found.direct[0][0] == 3.0  # the better of two
+
+
+def test_a_cache_that_cannot_be_emptied_has_no_buffered_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curve, "_point", lambda loop, file, *_: 5.0 if file.direct else None)
+    monkeypatch.setattr(curve.Loop, "rate", lambda *_: 1.0)
+    with FlashFile(__file__) as file:
+        if not file.direct:
+            pytest.skip("direct reads are refused here")
+    assert measure(tmp_path, size=16 << 20).buffered is None
+    monkeypatch.setattr(curve, "_point", lambda *_: None)
+    with pytest.raises(FlashSparseError, match="no curve"):
+        measure(tmp_path, size=16 << 20)
+
+
+def test_buffered_has_to_win_clearly() -> None:
     drive = made(1e-5, 1e9)
-    assert Curve("", drive.direct, made(1e-5, 1.05e9).direct, 1.0).mode == "direct"
+    assert Curve("", drive.direct, made(1e-5, 1.2e9).direct, 1.0).mode == "direct"
     assert Curve("", drive.direct, made(5e-6, 2e9).direct, 1.0).mode == "buffered"
     assert Curve("", None, drive.direct, 1.0).mode == "buffered"
 
