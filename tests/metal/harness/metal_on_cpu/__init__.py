@@ -4,10 +4,10 @@
 what is modelled and what is not. Needs MLX, numpy and a C++ compiler; no GPU.
 """
 
-from tests.metal.harness.metal_on_cpu import address_spaces
-from tests.metal.harness.metal_on_cpu.build import compiler
-from tests.metal.harness.metal_on_cpu.capture import Call, Definition, capture
-from tests.metal.harness.metal_on_cpu.faults import (
+from . import address_spaces
+from .build import compiler
+from .capture import Call, Definition, capture
+from .faults import (
     CaptureError,
     CompileError,
     Divergence,
@@ -23,9 +23,9 @@ from tests.metal.harness.metal_on_cpu.faults import (
     Undefined,
     Uninitialised,
 )
-from tests.metal.harness.metal_on_cpu.kernel import MetalKernel, metal_kernel
-from tests.metal.harness.metal_on_cpu.program import Program, Ran
-from tests.metal.harness.metal_on_cpu.translate import translate
+from .kernel import MetalKernel, metal_kernel
+from .program import Program, Ran
+from .translate import translate
 
 __all__ = [
     "Call",

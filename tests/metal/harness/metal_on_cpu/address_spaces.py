@@ -12,7 +12,7 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-from tests.metal.harness.metal_on_cpu.translate import threadgroup_declarations, without_comments
+from .translate import threadgroup_declarations, without_comments
 
 TYPES = Path(__file__).with_name("types")
 FLAGS = ("-xc++", "-std=c++17", "-nostdinc", "-Wno-everything", f"-I{TYPES}")

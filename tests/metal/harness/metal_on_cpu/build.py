@@ -1,7 +1,7 @@
 """Compiles translated kernels into shared libraries, kept by the hash of everything that goes into them.
 
 The kernel is instrumented by the compiler's thread and undefined-behaviour sanitizers, whose runtime is
-`shim/runtime.cpp`: no sanitizer library is linked. Owns the cache directory, which may be deleted at any time.
+`shim/*.cpp`: no sanitizer library is linked. Owns the cache directory, which may be deleted at any time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
-from tests.metal.harness.metal_on_cpu.faults import CompileError
+from .faults import CompileError
 
 SHIM = Path(__file__).with_name("shim")
 BASE = ("-std=c++17", "-fPIC", "-g1", "-fno-exceptions", "-fno-rtti", "-ffp-contract=off", f"-I{SHIM}")
@@ -81,12 +81,16 @@ def build(cpp: str) -> Path:
     return library
 
 
-def _runtime() -> Path:
-    digest = hashlib.sha256(b"runtime\0" + _identity()).hexdigest()[:32]
-    kept = cache_directory() / f"{digest}.o"
-    if not kept.exists():
-        _publish(kept, lambda work: _compile(SHIM / "runtime.cpp", ("-O2", "-fvisibility=hidden"), work / "runtime.o"))
-    return kept
+def _runtime() -> list[Path]:
+    """The runtime's objects, compiled once."""
+    made = []
+    for source in sorted(SHIM.glob("*.cpp")):
+        digest = hashlib.sha256(source.name.encode() + b"\0" + _identity()).hexdigest()[:32]
+        kept = cache_directory() / f"{digest}.o"
+        if not kept.exists():
+            _publish(kept, partial(_compile, source, ("-O2", "-fvisibility=hidden")))
+        made.append(kept)
+    return made
 
 
 def _publish(place: Path, make: Callable[[Path], Path]) -> None:
@@ -99,14 +103,15 @@ def _link(cpp: str, work: Path) -> Path:
     source = work / "kernel.cpp"
     source.write_text(cpp, encoding="utf-8")
     flags = KERNEL if b"clang" in _identity() else (*KERNEL, *GCC)
-    kernel = _compile(source, flags, work / "kernel.o")
+    kernel = _compile(source, flags, work)
     undefined = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ()
     library = work / "kernel.so"
-    _call("-shared", "-o", str(library), str(kernel), str(_runtime()), *undefined, "-lm")
+    _call("-shared", "-o", str(library), str(kernel), *map(str, _runtime()), *undefined, "-lm")
     return library
 
 
-def _compile(source: Path, flags: tuple[str, ...], to: Path) -> Path:
+def _compile(source: Path, flags: tuple[str, ...], work: Path) -> Path:
+    to = work / f"{source.stem}.o"
     _call(*BASE, *flags, "-c", str(source), "-o", str(to))
     return to
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from tests.metal.harness.metal_on_cpu.faults import CaptureError
+from .faults import CaptureError
 
 Template = Sequence[tuple[str, Any]]
 

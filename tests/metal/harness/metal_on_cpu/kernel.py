@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from tests.metal.harness.metal_on_cpu.capture import Call, Definition, Template, capture, dtype_name, plain_template
-from tests.metal.harness.metal_on_cpu.program import Dim3, Program, Ran
+from .capture import Call, Definition, Template, capture, dtype_name, plain_template
+from .program import Dim3, Program, Ran
 
 _RAW = {"bfloat16": np.dtype(np.uint16)}
 SMALL = 8  # inputs of fewer elements are passed in the constant address space

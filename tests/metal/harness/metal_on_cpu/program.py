@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.metal.harness.metal_on_cpu.build import build
-from tests.metal.harness.metal_on_cpu.faults import KINDS, KernelFault, MetalOnCpuError, OrderDependent
-from tests.metal.harness.metal_on_cpu.translate import Buffer, Kernel, translate
+from .build import build
+from .faults import KINDS, KernelFault, MetalOnCpuError, OrderDependent
+from .translate import Buffer, Kernel, translate
 
 THREADGROUP_BYTES = 32 << 10  # every Apple GPU's limit
 MAX_THREADS = 1024

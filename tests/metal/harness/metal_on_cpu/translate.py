@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from tests.metal.harness.metal_on_cpu.faults import TranslationError
+from .faults import TranslationError
 
 ENTRY = "msl_kernel"
 ADDRESS_SPACES = ("device", "constant", "thread", "kernel")

@@ -1,5 +1,5 @@
 // What a translated kernel and the runtime share: lane numbers, collectives, and what the Python side passes and reads.
-// Included by metal_stdlib.h (compiled with each kernel) and by runtime.cpp (compiled once); no other header is needed.
+// Included by metal_stdlib.h (compiled with each kernel) and by the runtime's files (compiled once); no other header is needed.
 #pragma once
 
 typedef __UINT8_TYPE__ u8;
