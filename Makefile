@@ -1,6 +1,7 @@
 # Everything runs in .venv, made here; only Python 3.11 or newer, a C++ compiler and make are needed.
 #   make demo            install, convert the embedded model, stream it under a small budget
 #   make test            the tests (no torch); make smoke: the quickest of them; make test-slow: the long ones
+#   make test-metal      whole models on the engine's Metal path, kernels run on the CPU where there is no Mac
 #   make check           ruff, formatting, mypy; make format mends what it can
 #   make test-arm        the native kernels for 64-bit Arm, under qemu (Debian: g++-aarch64-linux-gnu, qemu-user)
 #   make test-reference  makes the reference vectors afresh with torch (.venv-reference) and compares
@@ -18,9 +19,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt $(wildcard flashsparse/native/src/*)
 
 # The tests' matrices are tiny: a BLAS that spreads them over threads spends its time waiting for itself.
-test smoke test-slow test-reference: export OPENBLAS_NUM_THREADS := 1
+test smoke test-slow test-metal test-reference: export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test smoke test-slow test-arm check format test-reference clean
+.PHONY: demo test smoke test-slow test-metal test-arm check format test-reference clean
 
 demo: $(VENV)/.package
 	$(VENV)/bin/flashsparse demo
@@ -33,6 +34,10 @@ smoke: $(VENV)/.development
 
 test-slow: $(VENV)/.development
 	$(RUN) -m pytest -m "slow and not reference"
+
+# Part of test-slow too.
+test-metal: $(VENV)/.development
+	$(RUN) -m pytest -m "not reference" tests/metal/test_engine.py tests/metal/test_engine_path.py
 
 # The kernels' NEON variant, on any machine. What is missing is said, and skips the run.
 ARM_CXX ?= aarch64-linux-gnu-g++

@@ -2,6 +2,6 @@
 
 `sparse_ffn`: the FFN over a list of records. `select`: which neurons, and where they are. `value`: scores by copies of
 gate and up. `candidates`: what a compact gate cannot exclude. Bodies are `.metal` files, built once by `launch`.
-No engine runs them yet: `flashsparse.load(..., kernels="reference")` runs the references, which the native kernels are
+`flashsparse.load(..., kernels="metal")` runs them, `kernels="reference"` the references, which the native kernels are
 compared with too. Without a Mac the bodies are proven by tests/metal.
 """

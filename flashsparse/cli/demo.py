@@ -7,22 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from flashsparse.cli.options import memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import cache_dir, convert_once
 from flashsparse.cli.report import percent, stats_line, write
-from flashsparse.errors import FlashSparseError
+from flashsparse.errors import BudgetError, FlashSparseError
 from flashsparse.memory import format_bytes
 
 if TYPE_CHECKING:
     from flashsparse import Engine
 
+Result = TypeVar("Result")
 PROMPT = "Once upon a time"
 # Of the model's size. Resident weights, KV cache and buffers are most of so small a model; about an eighth of its
 # neurons fit in what is left.
@@ -43,15 +46,30 @@ def demo(prompt: str, **values: Any) -> None:
     """
     pack = demo_pack()
     size = sum(file.stat().st_size for file in pack.glob("*.safetensors"))
-    values["dram"] = values["dram"] or str(int(BUDGET_SHARE * size))
+    given, share = values["dram"], int(BUDGET_SHARE * size)
     values["max_kv_size"] = values["max_kv_size"] or min(CONTEXT, _context_limit(pack))
     memory, sampling = split(values)
-    with open_engine(pack, memory, err=False) as engine:
-        tell(engine, prompt, vars(sampling), size)
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            from flashsparse.cli.chat import talk
 
-            talk(engine, sampling)
+    def run(dram: int) -> None:
+        with open_engine(pack, replace(memory, dram=given or str(dram)), err=False) as engine:
+            tell(engine, prompt, vars(sampling), size)
+            if sys.stdin.isatty() and sys.stdout.isatty():
+                from flashsparse.cli.chat import talk
+
+                talk(engine, sampling)
+
+    if given:
+        run(share)
+    else:
+        at_least(share, run)
+
+
+def at_least(budget: int, run: Callable[[int], Result]) -> Result:
+    """`run(budget)`, or with the smallest budget that works where that is more: a GPU's buffers are larger."""
+    try:
+        return run(budget)
+    except BudgetError as error:
+        return run(error.smallest)
 
 
 def demo_pack() -> Path:

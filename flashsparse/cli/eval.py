@@ -109,6 +109,8 @@ def _memory(memory: Memory, window: int, generate: int) -> Memory:
     from dataclasses import replace
 
     needed = max(window, PROMPT_TOKENS + generate if generate else 0)
+    if memory.kernels == "auto":
+        memory = replace(memory, kernels="native")  # judging computes on the CPU
     if memory.max_kv_size is None:
         return replace(memory, max_kv_size=needed)
     if memory.max_kv_size < needed:

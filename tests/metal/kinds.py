@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 import flashsparse
@@ -21,6 +22,7 @@ PROMPT = [5, 17, 99, 3, 42, 8, 120, 77, 13, 64, 31]
 DECODED = [7, 90, 22, 51]
 SHAPE: dict[str, Any] = {"hidden": 64, "intermediate": 224, "layers": 3, "heads": 4, "kv_heads": 2, "vocab": 128}
 
+GPU_TOLERANCE = 3e-2
 Maker = Callable[[Path], Path]
 
 
@@ -73,7 +75,8 @@ def close(found: np.ndarray, expected: np.ndarray) -> bool:
     edge may fall to the other side, and a neuron at the threshold with it: a few tokens then differ more.
     """
     errors = np.abs(found - expected).max(axis=1) / np.abs(expected).max()
-    return bool(np.median(errors) < TOLERANCE and errors.max() < 0.1)
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu  # products take 16-bit inputs there
+    return bool(np.median(errors) < (GPU_TOLERANCE if on_gpu else TOLERANCE) and errors.max() < 0.1)
 
 
 def run(pack: Path, **options: Any) -> tuple[np.ndarray, Counters]:

@@ -26,8 +26,12 @@ LAYERS = 3
 
 @pytest.fixture
 def stand_in() -> Iterator[None]:
+    """On the CPU, also where there is a GPU: in float32."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
     with launch.stand_in(plain.metal_kernel):
         yield
+    mx.set_default_device(device)
 
 
 @pytest.fixture(scope="module")
