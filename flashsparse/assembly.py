@@ -92,7 +92,7 @@ class Assembly:
         """None where hints are off, where nothing is chosen, and where the FFN's input is not the normalized stream."""
         m = self.pack.manifest
         base = ffn_norm_name(m.family, m.config, ffn.layer)
-        if self.switch.mode == "off" or base is None or not isinstance(ffn.chooser, Exact | Predicted):
+        if self.switch.mode == "off" or base is None or not isinstance(ffn.chooser, Exact | Searched | Predicted):
             return None
         weight, bias = self.store.vector(f"{base}.weight"), self.store.vector(f"{base}.bias")
         assert weight is not None and ffn.table is not None and ffn.slab is not None

@@ -111,6 +111,11 @@ class Searched:
 
     whole = choose
 
+    def guess(self, x: np.ndarray) -> tuple[np.ndarray, float]:
+        """1 for neurons [I] that a state x [1, d] near the layer's input cannot exclude, else 0. See prefetch.py."""
+        self.choose(x)
+        return self.mask[0].astype(np.float32), 1.0
+
 
 @dataclass
 class Predicted:

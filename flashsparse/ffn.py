@@ -20,7 +20,6 @@ import numpy as np
 
 from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Load, Merging, ReadPool, loads, reads
 from flashsparse.keeping import Keeping, likely_next
-from flashsparse.prefetch import arrived_in
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from flashsparse.kernels import Kernels
     from flashsparse.prefetch import Ahead, Prefetch
     from flashsparse.weights import Buffer
+
+WORTH = 32  # records that have arrived, before it pays to start computing them
 
 
 # (slab, offsets, ids, cols, hidden): intermediate values of the records at `offsets` into columns `cols` of hidden.
@@ -210,14 +211,16 @@ class StreamedFFN:
         def compute(which: np.ndarray) -> None:
             compute_hidden(slab, offsets[which], round_.ids[which], cols[which], hidden)
 
-        offsets = self._offsets(round_)
         if not round_.missing.any():
+            offsets = self._offsets(round_)
             compute(cols)
         else:
             with self._submit(round_, np.flatnonzero(missing)) as batch:
                 offsets = self._offsets(round_)
                 if len(hits := np.flatnonzero(~round_.missing)):
+                    began = time.perf_counter()
                     compute(hits)
+                    self.counters.overlap_s += time.perf_counter() - began
                 late = self._compute_ahead(round_, ahead, compute)
                 self._compute_arriving(batch, np.flatnonzero(missing), compute)
             if len(late):
@@ -231,15 +234,19 @@ class StreamedFFN:
         """Compute what was read ahead as it arrives; positions of the records that did not, because a read failed."""
         if ahead is None:
             return round_.ahead
-        while len(done := self._take(ahead)):
-            if len(arrived := arrived_in(round_, ahead, done)):
+        asked = np.searchsorted(ahead.reservation.ids, round_.ids[round_.ahead])
+        position = np.full(len(ahead.reservation.ids), -1)
+        position[asked] = round_.ahead
+        done = np.flatnonzero(ahead.arrived)  # while another round of this step waited
+        while True:
+            if len(arrived := np.sort(position[done][position[done] >= 0])):
                 compute(arrived)
-        there = np.isin(round_.ids[round_.ahead], ahead.reservation.ids[ahead.arrived])
-        late: np.ndarray = round_.ahead[~there]
-        return late
+            if not len(done := self._take(ahead, WORTH)):
+                late: np.ndarray = round_.ahead[~ahead.arrived[asked]]
+                return late
 
     def _compute_arriving(self, batch: Batch, records: np.ndarray, compute: Callable[[np.ndarray], None]) -> None:
-        while len(done := self._take(batch)):
+        while len(done := self._take(batch, WORTH)):
             compute(records[np.sort(done)])
 
     def _count_round(self, round_: Round, missing: np.ndarray) -> None:
@@ -269,9 +276,9 @@ class StreamedFFN:
         self.counters.flash_reads += requests
         self.counters.needed_bytes += records * self.flash.record_bytes
 
-    def _take(self, batch: Batch | Ahead) -> np.ndarray:
+    def _take(self, batch: Batch | Ahead, least: int = 1) -> np.ndarray:
         began = time.perf_counter()
-        done = batch.take()
+        done = batch.take(least)
         self.counters.io_wait_s += time.perf_counter() - began
         return done
 
@@ -288,7 +295,7 @@ class StreamedFFN:
             for index, load in enumerate(plan):
                 if index + 1 < len(plan):
                     pending.append(self._fill(plan[index + 1], (index + 1) % 2))
-                while len(self._take(pending[0])):
+                while len(self._take(pending[0], len(pending[0]))):
                     pass
                 tile, here = self.scratch.tiles.buffers[index % 2].bytes, ids[load.first : load.last]
                 self._compute_tile(tile, load.offsets, here, x, y, compute_hidden)

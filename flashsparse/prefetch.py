@@ -20,7 +20,7 @@ from flashsparse.errors import FlashReadError
 from flashsparse.flash import Batch, reads
 
 if TYPE_CHECKING:
-    from flashsparse.cache import Reservation, Round, SlotTable
+    from flashsparse.cache import Reservation, SlotTable
     from flashsparse.ffn import Flash
     from flashsparse.flash import ReadPool, Reads
     from flashsparse.stats import Counters
@@ -116,23 +116,23 @@ class Ahead:
         """Drop reads that nobody has begun of records that are not `wanted` (bool, of the reserved); which go on."""
         return self.batch.keep(wanted)
 
-    def take(self) -> np.ndarray:
-        """Wait for reserved records that arrive; none are left, or a read has failed, when empty."""
+    def take(self, least: int = 1) -> np.ndarray:
+        """Wait for reserved records that arrive, `least` at once; none are left, or a read has failed, when empty."""
         if self.over:
             return np.empty(0, np.intp)
         try:
-            done = self._done()
+            done = self._done(least)
         except FlashReadError:  # the record may not be needed; where it is, it is read again as a miss
             return np.empty(0, np.intp)
         self.arrived[done] = True
         return done
 
-    def _done(self) -> np.ndarray:
-        return self.batch.take()
+    def _done(self, least: int) -> np.ndarray:
+        return self.batch.take(least)
 
     def close(self) -> None:
         """Nothing is in flight afterwards."""
-        while len(self.take()):
+        while len(self.take(len(self.arrived))):
             pass
         self.over = True  # first: after an interrupt the batch is released again, but no more taken from
         self.batch.release()
@@ -180,7 +180,7 @@ class Prefetch:
         if ahead is None or ahead.over or ahead.arrived.any():  # of a step that failed
             self.finish()
             return None
-        wanted = np.isin(ahead.reservation.ids, ids)
+        wanted = among(ahead.reservation.ids, ids)
         if not self.table.fits(ids):
             wanted[:] = False
         kept = ahead.keep(wanted)
@@ -216,9 +216,9 @@ class Prefetch:
         self.pending = Ahead(reservation, plan.submit(self.pool), plan)
 
 
-def arrived_in(round_: Round, ahead: Ahead, done: np.ndarray) -> np.ndarray:
-    """Positions in the round of those among the reserved records `done` that it holds, ascending."""
-    ids = np.sort(ahead.reservation.ids[done])
-    at = np.searchsorted(round_.ids, ids)
-    found: np.ndarray = at[round_.ids[np.minimum(at, len(round_.ids) - 1)] == ids]
+def among(some: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Which of `some` numbers are among `ids`, both ascending."""
+    if not len(ids):
+        return np.zeros(len(some), bool)
+    found: np.ndarray = ids[np.minimum(np.searchsorted(ids, some), len(ids) - 1)] == some
     return found

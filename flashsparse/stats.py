@@ -21,7 +21,8 @@ class Counters:
     (with its waiting for reads, `io_wait_s`) and `head_s` are parts of `seconds`; `compute_s` is what was spent inside
     the native kernels. `hits` count records that were in their slots, or on their way there by a read ahead
     (`prefetch_used` of the `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s`
-    are spent on naming and starting reads ahead. `readbacks` are the host's waits for the GPU.
+    are spent on naming and starting reads ahead, `overlap_s` on computing hits while misses were read. `readbacks` are
+    the host's waits for the GPU.
     """
 
     tokens: int = 0
@@ -48,6 +49,7 @@ class Counters:
     prefetch_wasted_bytes: int = 0
     hint_s: float = 0.0
     readbacks: int = 0
+    overlap_s: float = 0.0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))

@@ -54,6 +54,8 @@ def check_tables(engine: Engine) -> None:
         ({"selection": "topk", "layer": replace(COPY, threshold=None, k=60)}, 128),
         ({"score": "gate"}, 300),
         ({"tier": "exact"}, 300),
+        ({"tier": "exact", "gate": "compact"}, 60),
+        ({"tier": "exact", "gate": "compact"}, 300),
     ],
     ids=str,
 )
@@ -71,6 +73,7 @@ def test_output_is_the_same_bits_with_reads_ahead(tmp_path: Path, model: dict[st
             assert total.prefetch_used <= total.prefetched
             if mode == "on" and slots in (128, 300):
                 assert total.prefetch_used > 0
+                assert total.overlap_s > 0
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
 
 
@@ -114,12 +117,12 @@ def test_a_read_ahead_that_fails_is_read_again(pack: Path, monkeypatch: pytest.M
         expected = decode(engine)
     calls = 0
 
-    def take(ahead: prefetch.Ahead) -> np.ndarray:
+    def take(ahead: prefetch.Ahead, least: int) -> np.ndarray:
         nonlocal calls
         calls += 1
         if calls % 3 == 0:
             raise FlashReadError("as a drive does", "", 0, 0, 5)
-        return original(ahead.batch)
+        return original(ahead.batch, least)
 
     original = Batch.take
     monkeypatch.setattr(prefetch.Ahead, "_done", take)
