@@ -7,7 +7,8 @@ Orders are found on the sets of one trace, as `convert --order` finds them, and 
 consecutive tokens that need at least `--share` of a layer. Each layer's reads are submitted together, direct where the
 filesystem allows it. SCRATCH is made with many copies of the model's layers, and every token reads another copy, so
 that no cache below sees a byte twice soon. Every repetition times all variants, in turn; plain reads in source order
-are 1.
+are 1. Bytes are what the requests move, rounding to sectors and gaps included, over those of the records: they and the
+requests do not depend on the hour.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _measure(
     """Variants take turns token by token, so that what else the machine does meets all of them."""
     variants = [(order, merge) for order in ranks for merge in (False, True)]
     seconds = np.zeros((len(variants), args.repetitions))
-    requests = np.zeros(len(variants), np.int64)
+    requests, nbytes = np.zeros(len(variants), np.int64), np.zeros(len(variants), np.int64)
     tokens, copy = min(args.tokens, *map(len, sets)), 0
     with ReadPool(args.io_threads) as pool:
         for repetition in range(args.repetitions):
@@ -161,11 +162,12 @@ def _measure(
                     which = (turn + token + repetition) % len(variants)
                     order, merge = variants[which]
                     now = [layer[token] for layer in sets]
-                    took, asked = _read(
+                    took, asked, moved = _read(
                         scratch, pool, ranks[order], now, copy, Merging(args.gap) if merge else SEPARATE
                     )
                     seconds[which, repetition] += took
                     requests[which] += asked
+                    nbytes[which] += moved
                     copy += 1
     needed = sum(len(ids) for layer in sets for ids in layer[:tokens])
     gains = seconds[0] / seconds
@@ -173,6 +175,7 @@ def _measure(
         {
             "case": name, "order": order, "merged": merge, "records": needed / tokens / scratch.layers,
             "requests_per_record": float(requests[which]) / needed / args.repetitions,
+            "bytes_moved": float(nbytes[which]) / (needed * scratch.record) / args.repetitions,
             "ms_per_token": 1000 * float(seconds[which].mean()) / tokens,
             "gain": float(gains[which].mean()), "deviation": float(gains[which].std()),
         }
@@ -182,13 +185,13 @@ def _measure(
 
 def _read(
     scratch: Scratch, pool: ReadPool, ranks: Ranks, sets: list[Ids], copy: int, merging: Merging
-) -> tuple[float, int]:
-    """Seconds in reading one token's sets, layer by layer, from a copy of the layers; and requests."""
+) -> tuple[float, int, int]:
+    """Seconds in reading one token's sets, layer by layer, from a copy of the layers; requests and their bytes."""
     room = slot_stride(scratch.stride, 0, scratch.file.sector, scratch.file.direct)
     memory = scratch.memory
     address = -(-memory.ctypes.data // SECTOR) * SECTOR
     slots = address + np.arange(scratch.records, dtype=np.int64) * room
-    took, requests = 0.0, 0
+    took, requests, nbytes = 0.0, 0, 0
     for layer, (rank, ids) in enumerate(zip(ranks, sets, strict=True)):
         places = np.sort(rank[ids])
         positions = scratch.base(copy, layer) + places.astype(np.int64) * scratch.stride
@@ -198,16 +201,17 @@ def _read(
             batch.wait()
         took += time.perf_counter() - began
         requests += plan.requests
-    return took, requests
+        nbytes += plan.nbytes
+    return took, requests, nbytes
 
 
 def _show(report: dict[str, Any]) -> None:
     print(f"records of {report['record']} bytes, gaps up to {report['gap']}, direct reads: {report['direct']}")
-    print(f"{'':<26}{'order':<14}{'reads':<10}{'per record':>10}{'ms/token':>10}{'gain':>14}")
+    print(f"{'':<26}{'order':<14}{'reads':<10}{'per record':>10}{'bytes':>8}{'ms/token':>10}{'gain':>14}")
     for row in report["rows"]:
         reading = "merged" if row["merged"] else "plain"
         print(
-            f"{row['case']:<26}{row['order']:<14}{reading:<10}{row['requests_per_record']:>10.3f}"
+            f"{row['case']:<26}{row['order']:<14}{reading:<10}{row['requests_per_record']:>10.3f}{row['bytes_moved']:>8.3f}"
             f"{row['ms_per_token']:>10.2f}{row['gain']:>7.3f} ± {row['deviation']:.3f}"
         )
 
