@@ -275,30 +275,43 @@ inline void exchange(const float* from, int64_t n, bool back, float* to) {
             }
 }
 
+// Eight groups' scales and biases of a row; scales[k]: over 16^k, for what NibbleWords::plane makes larger.
+struct EightGroups {
+    float scales[4][kGroups], biases[kGroups];
+
+    void load_from(const Quantized& row, int32_t dtype, int64_t g, int count) {
+        V scale = eight_parts(row.scales, dtype, g, count);
+        for (int k = 0; k < 4; k++, scale = mul(scale, all(0.0625f))) store(scales[k], scale);
+        store(biases, eight_parts(row.biases, dtype, g, count));
+    }
+};
+
 // y += weights[0] * rows[0] + ..., one addition after the other, y exchanged; n columns, groups of 64 or 128.
-template <int R>
-inline void add_nibbles(const Quantized* rows, const float* weights, const Format& f, int64_t n, float* y,
+template <int group, int R>
+inline void add_nibbles(const Quantized* rows, const float* weights, int32_t dtype, int64_t n, float* y,
                         const uint8_t* const* ahead) {
-    float scales[R][kGroups], biases[R][kGroups];
+    constexpr int columns = group * kGroups;
+    EightGroups parts[R];
     V factor[R];
     for (int r = 0; r < R; r++) factor[r] = all(weights[r]);
-    for (int64_t k = 0; k < n; k += 64) {
-        int64_t g = k / f.group;
-        if (k % (f.group * kGroups) == 0)
-            for (int r = 0; r < R; r++) {
-                int count = int(least(kGroups, (n - k + f.group - 1) / f.group));
-                store(scales[r], eight_parts(rows[r].scales, f.scale_dtype, g, count));
-                store(biases[r], eight_parts(rows[r].biases, f.scale_dtype, g, count));
-                prefetch_stretch<32 * kGroups>(ahead[r] + k / 2);
-            }
-        V total[8];
-        for (int i = 0; i < 8; i++) total[i] = load(y + k + 8 * i);
+    for (int64_t first = 0; first < n; first += columns) {
+        int64_t end = least(first + columns, n);
         for (int r = 0; r < R; r++) {
-            V scale = all(scales[r][g % kGroups]), bias = all(biases[r][g % kGroups]);
-            for (int i = 0; i < 8; i++)
-                total[i] = madd(factor[r], madd(nibbles(rows[r].words + k / 2, i), scale, bias), total[i]);
+            parts[r].load_from(rows[r], dtype, first / group, int((end - first) / group));
+            prefetch_stretch<columns / 2>(ahead[r] + first / 2);
         }
-        for (int i = 0; i < 8; i++) store(y + k + 8 * i, total[i]);
+        for (int64_t k = first; k < end; k += 64) {
+            int64_t g = (k - first) / group;
+            V total[8];
+            for (int i = 0; i < 8; i++) total[i] = load(y + k + 8 * i);
+            for (int r = 0; r < R; r++) {
+                NibbleWords words(rows[r].words + k / 2);
+                V bias = all(parts[r].biases[g]);
+                for (int i = 0; i < 8; i++)
+                    total[i] = madd(factor[r], madd(words.plane(i), all(parts[r].scales[i % 4][g]), bias), total[i]);
+            }
+            for (int i = 0; i < 8; i++) store(y + k + 8 * i, total[i]);
+        }
     }
 }
 
@@ -309,6 +322,7 @@ inline Quantized quantized_down(const Down& job, int64_t j, int64_t begin) {
     return {p + begin / 2, p + f.data_bytes + skip, p + f.data_bytes + f.scale_bytes + skip};
 }
 
+template <int group>
 void nibbles_one_token(const Down& job, int64_t begin, int64_t n, float* y) {
     exchange(job.y + begin, n, false, y);
     int64_t j = 0;
@@ -321,11 +335,11 @@ void nibbles_one_token(const Down& job, int64_t begin, int64_t n, float* y) {
             rows[r] = quantized_down(job, now.j[r], begin);
             ahead[r] = quantized_down(job, next.j[r], begin).words;
         }
-        add_nibbles<4>(rows, now.weights, job.format, n, y, ahead);
+        add_nibbles<group, 4>(rows, now.weights, job.format.scale_dtype, n, y, ahead);
     }
     for (int r = 0; r < now.count; r++) {
         Quantized row = quantized_down(job, now.j[r], begin);
-        add_nibbles<1>(&row, now.weights + r, job.format, n, y, &row.words);
+        add_nibbles<group, 1>(&row, now.weights + r, job.format.scale_dtype, n, y, &row.words);
     }
     exchange(y, n, true, job.y + begin);
 }
@@ -373,7 +387,8 @@ void down(const void* context, int64_t task, float* scratch) {
     const Down& job = *(const Down*)context;
     int64_t begin = task * job.columns_per_task;
     int64_t n = least(job.columns_per_task, job.format.columns - begin);
-    if (job.tokens == 1 && job.format.dtype == FS_Q4 && job.format.group >= 64) return nibbles_one_token(job, begin, n, scratch);
+    if (job.tokens == 1 && job.format.dtype == FS_Q4 && job.format.group == 64) return nibbles_one_token<64>(job, begin, n, scratch);
+    if (job.tokens == 1 && job.format.dtype == FS_Q4 && job.format.group == 128) return nibbles_one_token<128>(job, begin, n, scratch);
     with_row(job.format.dtype, [&](auto type) {
         using Row = decltype(type);
         if (job.tokens == 1) down_one_token<Row>(job, begin, n);

@@ -153,8 +153,12 @@ inline void dots(const Row* source, const float* const* x, int64_t n, float* out
             }
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < C; c++) out[r * C + c] = sum(sums[r][c]);
+    if constexpr (R * C % 4 == 0) {
+        for (int i = 0; i < R * C; i += 4) sum_four(&sums[0][0] + i, out + i);
+    } else {
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < C; c++) out[r * C + c] = sum(sums[r][c]);
+    }
 }
 
 // y += weights[0] * rows[0] + weights[1] * rows[1] + ..., one addition after the other.

@@ -54,11 +54,14 @@ inline V load_u4(const uint8_t* p) {  // eight values in four bytes, the low hal
     return _mm256_cvtepi32_ps(_mm256_and_si256(values, _mm256_set1_epi32(15)));
 }
 
-// Bits 4k.. of eight words.
-inline V nibbles(const uint8_t* p, int k) {
-    __m256i words = _mm256_srli_epi32(_mm256_loadu_si256((const __m256i*)p), 4 * k);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(words, _mm256_set1_epi32(15)));
-}
+// Eight words; plane(k): bits 4k.. of each times 16^(k % 4), which spares most planes a shift.
+struct NibbleWords {
+    __m256i low, high;
+    explicit NibbleWords(const uint8_t* p) : low(_mm256_loadu_si256((const __m256i*)p)), high(_mm256_srli_epi32(low, 16)) {}
+    V plane(int k) const {
+        return _mm256_cvtepi32_ps(_mm256_and_si256(k < 4 ? low : high, _mm256_set1_epi32(15 << (4 * (k % 4)))));
+    }
+};
 
 #else
 
@@ -150,12 +153,15 @@ inline V load_u4(const uint8_t* p) {
     return __builtin_convertvector(I(all_bits(word) >> U{0, 4, 8, 12, 16, 20, 24, 28} & 15), V);
 }
 
-// Bits 4k.. of eight words.
-inline V nibbles(const uint8_t* p, int k) {
-    U words;
-    memcpy(&words, p, 32);
-    return __builtin_convertvector(I(words >> uint32_t(4 * k) & 15), V);
-}
+// Eight words; plane(k): bits 4k.. of each times 16^(k % 4), which spares most planes a shift.
+struct NibbleWords {
+    U low, high;
+    explicit NibbleWords(const uint8_t* p) {
+        memcpy(&low, p, 32);
+        high = low >> 16;
+    }
+    V plane(int k) const { return __builtin_convertvector(I((k < 4 ? low : high) & (15u << (4 * (k % 4)))), V); }
+};
 
 #endif
 
@@ -181,5 +187,20 @@ inline float sum(V v) {
     store(lane, v);
     return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
+
+// out[i] = sum(v[i]) for four vectors, in the same order.
+#if defined(FS_AVX2)
+inline __m128 half_sums(V v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+
+inline void sum_four(const V* v, float* out) {
+    __m128 a = half_sums(v[0]), b = half_sums(v[1]), c = half_sums(v[2]), d = half_sums(v[3]);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
+}
+#else
+inline void sum_four(const V* v, float* out) {
+    for (int i = 0; i < 4; i++) out[i] = sum(v[i]);
+}
+#endif
 
 }  // namespace
