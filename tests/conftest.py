@@ -9,6 +9,6 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def auto_is_native(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native kernels' results have equal bits whatever the batch, which tests rely on; MLX does not promise that."""
+    """The native kernels' bits do not depend on the batch, which tests rely on; MLX does not promise that."""
     if sys.platform == "darwin" and "metal" not in request.path.parts:
         monkeypatch.setattr("flashsparse.kernels._has_metal", lambda: False)

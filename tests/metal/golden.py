@@ -34,13 +34,8 @@ class Printed(metal_on_cpu.MetalKernel):
 
 def printed(run: Callable[[], object]) -> str:
     """The source of the last kernel that `run` calls."""
-    made, mx.fast.metal_kernel = mx.fast.metal_kernel, _printing
-    launch.kernel.cache_clear()
-    try:
+    with launch.stand_in(_printing):
         run()
-    finally:
-        mx.fast.metal_kernel = made
-        launch.kernel.cache_clear()
     return Printed.found
 
 

@@ -230,6 +230,32 @@ def test_slabs_beyond_two_gigabytes() -> None:
     assert np.array_equal(ran.outputs["hidden"], run_hidden(layer, x))
 
 
+@pytest.mark.skipif(mx.metal.is_available(), reason="the slab exists in the harness only")
+def test_down_sums_of_slabs_beyond_two_gigabytes() -> None:
+    rng = np.random.default_rng(19)
+    layer = make_layer(rng, "F16", 6, 64)
+    hidden = rng.standard_normal((1, 6)).astype(np.float32)
+    cols, bounds = np.arange(6, dtype=np.int32), np.array([0, 2, 6], np.int32)
+    inputs = [mx.array(each) for each in (layer.offsets, cols, bounds, hidden)]
+    program = metal_on_cpu.Program(golden.printed(lambda: sparse_ffn.down(layer.record, layer.slab, *inputs)))
+    near = np.array(layer.slab).reshape(-1)
+    start = (5 << 29) + 64
+    with mmap.mmap(-1, start + near.size) as memory:
+        slab = np.frombuffer(memory, np.uint8)
+        memory[start:] = near.tobytes()
+        buffers = {
+            "slab": slab,
+            "offsets": layer.offsets + start,
+            "cols": cols,
+            "bounds": bounds,
+            "hidden": hidden,
+            "layout": np.array(layer.record.layout()),
+        }
+        ran = program.run(buffers, {"partial": ((2, 1, 64), np.float32)}, (32, 2, 1), (32, 1, 1))
+        del slab, buffers
+    assert np.array_equal(ran.outputs["partial"], np.array(run_down(layer, hidden, [0, 2, 6])))
+
+
 def test_segments_of_neuron_numbers() -> None:
     ids = mx.array([0, 3, 4, 9, 10, 11, 15, 99, 99], mx.int32)
     found = sparse_ffn.segment_bounds(ids, mx.array([7]), 16, 4)
