@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashsparse import macos, memory
-from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import SessionError, UsageError
-from flashsparse.kernels import resolve
 from flashsparse.memory import MemoryPlan
-from flashsparse.models.decoder import CHOICES
+from flashsparse.options import LoadOptions
 from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
 
 if TYPE_CHECKING:
@@ -39,11 +37,6 @@ if TYPE_CHECKING:
     from flashsparse.session import Session
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.weights import ResidentStore
-
-READ_MODES = ("auto", "direct", "buffered")
-LOOKAHEAD = ("auto", "on", "off")
-MAX_THREADS = 1024
-MAX_SLOTS = 1 << 24
 
 
 def load(
@@ -87,71 +80,13 @@ def load(
         UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
     """
     asked = (dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers, lookahead)
-    return Engine(path, _Options(*asked))
-
-
-class _Options:
-    """The arguments of load(), checked."""
-
-    def __init__(
-        self,
-        dram: str | int | None,
-        max_kv_size: int | None,
-        threads: int | None,
-        io_threads: int | None,
-        read_mode: str,
-        kernels: str,
-        on_plan: Callable[[MemoryPlan], None] | None,
-        slots: int | None,
-        tier: str | None,
-        layers: str,
-        lookahead: str,
-    ) -> None:
-        if tier not in (None, "dense"):
-            raise UsageError(f"tier: {shown(tier)} is not 'dense'; leave it out for the pack's own tier")
-        if read_mode not in READ_MODES:
-            raise UsageError(f"read_mode: {read_mode!r} is not one of {', '.join(READ_MODES)}")
-        if layers not in CHOICES:
-            raise UsageError(f"layers: {shown(layers)} is not one of {', '.join(CHOICES)}")
-        if layers == "native" and kernels not in ("auto", "native"):
-            raise UsageError(f"layers: 'native' needs the native kernels, not {shown(kernels)}")
-        if lookahead not in LOOKAHEAD:
-            raise UsageError(f"lookahead: {shown(lookahead)} is not one of {', '.join(LOOKAHEAD)}")
-        kernels = resolve(kernels, layers)
-        if lookahead == "on" and kernels == "metal":
-            raise UsageError("lookahead: 'on' is for the native kernels; on Metal a hint costs more than it saves")
-        self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
-        self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
-        self.threads = (
-            min(os.cpu_count() or 1, MAX_THREADS) if threads is None else whole("threads", threads, 1, MAX_THREADS)
-        )
-        self.io_threads = None if io_threads is None else whole("io_threads", io_threads, 1, MAX_THREADS)
-        self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
-        self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
-        self.native_layers = layers != "modules" and kernels == "native"
-        self.lookahead = "off" if kernels == "metal" else lookahead
-
-
-def _whole_bytes(dram: Any) -> int:
-    size = integer(dram)
-    if size is None or size < 1:
-        raise UsageError(f"dram is {shown(dram)}, expected a whole number of bytes, or text such as '7GB' or '50%'")
-    return size
-
-
-def _tier(manifest: Manifest, asked: str | None) -> str:
-    """The tier to run a pack in."""
-    if asked == "dense" and manifest.tier == "exact":
-        raise UsageError(
-            f"{manifest.path}: tier exact computes the dense model's result already; leave out tier='dense'"
-        )
-    return asked or manifest.tier
+    return Engine(path, LoadOptions(*asked))
 
 
 class Engine:
     """A loaded pack. Use `session()` for a conversation; close it, or use it as a context manager."""
 
-    def __init__(self, path: str | os.PathLike[str], options: _Options) -> None:
+    def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
         from flashsparse.machine import known_curve, read_mode
         from flashsparse.opening import open_pack
 
@@ -188,7 +123,7 @@ class Engine:
             self.close()
             raise
 
-    def _begin(self, pack: OpenPack, options: _Options, curve: Curve | None) -> None:
+    def _begin(self, pack: OpenPack, options: LoadOptions, curve: Curve | None) -> None:
         """Start reading what stays in memory, which needs none of the libraries and takes longest."""
         from flashsparse.flash import ReadPool
         from flashsparse.machine import read_threads
@@ -197,7 +132,7 @@ class Engine:
         from flashsparse.weights import ResidentStore
 
         self.manifest: Manifest = pack.manifest
-        self.tier = _tier(self.manifest, options.tier)
+        self.tier = options.tier_of(self.manifest)
         io_threads = read_threads(options.io_threads, curve, self.manifest.record.bytes)
         unified = self.kernels == "metal"
         self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified)
@@ -211,7 +146,7 @@ class Engine:
         for at, quant in quants.items():
             pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified))
 
-    def _load(self, pack: OpenPack, options: _Options) -> None:
+    def _load(self, pack: OpenPack, options: LoadOptions) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
         from flashsparse.prefetch import Switch
 
@@ -229,7 +164,7 @@ class Engine:
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
 
-    def _make_kernels(self, options: _Options) -> Any:
+    def _make_kernels(self, options: LoadOptions) -> Any:
         if self.kernels == "metal":
             from flashsparse.kernels.metal import MetalKernels
 
