@@ -149,9 +149,9 @@ def late(family, modules):
     print(pool.counters.needed_bytes)
     original(family, modules)
 
-def begin(engine, pack, options, start=flashsparse.engine.Engine._begin):
+def begin(engine, *rest, start=flashsparse.engine.Engine._begin):
     engines.append(engine)
-    start(engine, pack, options)
+    start(engine, *rest)
 
 opening.import_libraries = late
 flashsparse.engine.Engine._begin = begin
