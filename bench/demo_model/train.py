@@ -51,6 +51,7 @@ class Recipe:
     l1: float = 0.05
     l1_start: float = 0.45
     gate_noise: float = 0.0
+    gate_optimizer: str = "muon"
     stories_start: float = 0.75
     stories_share: float = 0.7
     seed: int = 0
@@ -197,11 +198,19 @@ Optimizers = list[torch.optim.Optimizer]
 
 
 def optimizers(model: LlamaForCausalLM, recipe: Recipe) -> Optimizers:
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    """Muon for the matrices but, with `gate_optimizer` "adamw", the gates: Muon's are of full rank, so that they answer
+    the inputs' few strong directions no more than any other, and a low-bit copy's errors weigh as much as its scores.
+    """
+    named = dict(model.named_parameters())
+    gates = {n for n in named if "gate_proj" in n and recipe.gate_optimizer == "adamw"}
+    rest = {n for n, p in named.items() if p.ndim != 2 or "embed" in n}
+    adamw = [
+        {"params": [named[n] for n in named if n in rest], "weight_decay": 0.0},
+        {"params": [named[n] for n in named if n in gates], "weight_decay": 0.05},
+    ]
     return [
-        Muon(matrices, lr=recipe.lr, weight_decay=0.05),
-        torch.optim.AdamW(rest, lr=recipe.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        Muon([named[n] for n in named if n not in rest | gates], lr=recipe.lr, weight_decay=0.05),
+        torch.optim.AdamW([group for group in adamw if group["params"]], lr=recipe.lr, betas=(0.9, 0.98)),
     ]
 
 
