@@ -25,6 +25,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import LlamaConfig, LlamaForCausalLM
 
 END = "<|endoftext|>"
+CHOICES = {"gate_optimizer": ("muon", "adamw"), "activation": ("relu", "silu")}
 
 
 @dataclass
@@ -420,7 +421,10 @@ def parse() -> Recipe:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
         else:
             parser.add_argument(
-                flag, type={"int": int, "float": float, "str": str}[str(field.type)], default=field.default
+                flag,
+                type={"int": int, "float": float, "str": str}[str(field.type)],
+                default=field.default,
+                choices=CHOICES.get(name),
             )
     return Recipe(**vars(parser.parse_args()))
 
