@@ -133,7 +133,10 @@ class Engine:
 
         self.manifest: Manifest = pack.manifest
         self.tier = options.tier_of(self.manifest)
-        io_threads = read_threads(options.io_threads, curve, self.manifest.record.bytes)
+        record = self.manifest.record
+        io_threads = read_threads(
+            options.io_threads, curve, record.bytes, record.stride * self.manifest.intermediate_size
+        )
         unified = self.kernels == "metal"
         self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified)
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.

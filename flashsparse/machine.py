@@ -31,6 +31,7 @@ __all__ = [
 
 MEMORY_BYTES = 256 << 20
 IO_THREADS = 16  # on a drive whose curve is not known
+SMALL_LAYER = 8 << 20
 
 
 def find_curve(folder: Path, again: bool, tell: Callable[[str], object]) -> tuple[Curve, bool]:
@@ -59,11 +60,15 @@ def read_mode(asked: str, curve: Curve | None) -> str:
     return "buffered" if asked == "auto" and curve is not None and curve.mode == "buffered" else asked
 
 
-def read_threads(asked: int | None, curve: Curve | None, record_bytes: int) -> int:
-    """How many threads read: as many as `asked`, and for None what the drive's curve found enough for records."""
+def read_threads(asked: int | None, curve: Curve | None, record_bytes: int, layer_bytes: int) -> int:
+    """How many threads read: as many as `asked`, and for None what the drive's curve found enough for records.
+
+    Each has buffers of its own: where a layer is small, they would take the place of slots.
+    """
     if asked is not None:
         return asked
-    return IO_THREADS if curve is None else curve.threads(record_bytes)
+    found = IO_THREADS if curve is None else curve.threads(record_bytes)
+    return found if layer_bytes >= SMALL_LAYER else min(found, IO_THREADS)
 
 
 def memory_rate(threads: int | None) -> float:

@@ -10,7 +10,7 @@ import pytest
 import flashsparse
 from flashsparse.flash import FlashFile
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve, cached_path, device_name, save_curve
-from flashsparse.machine import IO_THREADS
+from flashsparse.machine import IO_THREADS, SMALL_LAYER, read_threads
 from tests.model.packs import make_pack
 
 PROMPT = list(range(3, 30))
@@ -37,7 +37,7 @@ def test_the_curve_is_applied_and_options_win(tmp_path: Path, monkeypatch: pytes
         unknown = "direct" if file.direct else "buffered"
     expected, threads, mode = run(pack)
     assert (threads, mode) == (IO_THREADS, unknown)
-    for depth, faster in ((4, "buffered"), (32, "direct")):
+    for depth, faster in ((4, "buffered"), (16, "direct")):
         save_curve(drive(pack, depth, faster), cache, pack)
         found, threads, mode = run(pack)
         assert (threads, mode) == (max(8, depth), "buffered" if faster == "buffered" else unknown)
@@ -46,6 +46,13 @@ def test_the_curve_is_applied_and_options_win(tmp_path: Path, monkeypatch: pytes
         assert (threads, mode) == (3, unknown)
         assert np.array_equal(found, expected)
         assert run(pack, read_mode="buffered")[2] == "buffered"
+
+
+def test_only_large_layers_get_more_threads_than_without_a_curve(tmp_path: Path) -> None:
+    curve = drive(make_pack(tmp_path, tier="exact"), 32, "direct")
+    assert read_threads(None, curve, 4096, SMALL_LAYER) == 32
+    assert read_threads(None, curve, 4096, SMALL_LAYER - 1) == IO_THREADS
+    assert read_threads(40, curve, 4096, 1) == 40
 
 
 def test_a_damaged_curve_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
