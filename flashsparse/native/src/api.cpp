@@ -7,6 +7,7 @@
 
 #include "activation.h"
 #include "kernels.h"
+#include "marks.h"
 #include "numbers.h"
 #include "timing.h"
 #include "workers.h"
@@ -221,16 +222,7 @@ void fs_activate(float* g, int64_t n, int32_t activation, float param) {
 
 int64_t fs_active(const float* activated, int64_t T, int64_t I, int32_t* ids) {
     Timed timed;
-    for (int64_t i = 0; i < I; i++) ids[i] = 0;
-    for (int64_t t = 0; t < T; t++)
-        for (int64_t i = 0; i < I; i++) ids[i] |= activated[t * I + i] != 0.0f;
-    int64_t count = 0;  // the marks become numbers in place: count never passes i
-    for (int64_t i = 0; i < I; i++) {
-        int32_t active = ids[i];
-        ids[count] = int32_t(i);
-        count += active;
-    }
-    return count;
+    return fs::numbers_of_any(activated, T, I, ids);
 }
 
 void fs_ffn_hidden(fs_workers* workers, const fs_record* record, const uint8_t* base, const int64_t* offsets,
