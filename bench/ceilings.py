@@ -69,7 +69,7 @@ def measure_ceilings(manifest: Manifest, threads: int, seconds: float = 0.5) -> 
 def drive_rate(paths: list[Path], read_bytes: int, depth: int, seconds: float) -> float:
     """Bytes per second of bare direct reads at random places, `depth` in flight: of two of the files, the better."""
     from flashsparse.flash import FlashFile
-    from flashsparse.flash.curve import Loop
+    from flashsparse.flash.probe import Loop
 
     rng = np.random.default_rng(0)
     found = []

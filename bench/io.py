@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from flashsparse.flash import FlashFile, Merging, ReadPool, reads, slot_stride
-from flashsparse.flash.curve import Loop, cached_share, empty_cache, load_curve, temporary_file
+from flashsparse.flash.curve import load_curve
 from flashsparse.flash.plan import SEPARATE
+from flashsparse.flash.probe import Loop, cached_share, empty_cache, temporary_file
 from flashsparse.places import cache_dir
 from flashsparse.weights import Buffer
 

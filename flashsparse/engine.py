@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashsparse import macos, memory
+from flashsparse.drive import drive_rate
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
 from flashsparse.options import LoadOptions
@@ -87,7 +88,7 @@ class Engine:
     """A loaded pack. Use `session()` for a conversation; close it, or use it as a context manager."""
 
     def __init__(self, path: str | os.PathLike[str], options: LoadOptions) -> None:
-        from flashsparse.machine import known_curve, read_mode
+        from flashsparse.machine import curve_notes, known_curve, read_mode
         from flashsparse.opening import open_pack
 
         self._began = time.perf_counter()
@@ -107,7 +108,8 @@ class Engine:
         self.layers = "native" if options.native_layers else "modules"
         self.kernels = options.kernels
         self._pack: OpenPack | None = None
-        curve = known_curve(Path(path))
+        self._curve = curve = known_curve(Path(path))
+        self.notes = curve_notes(curve)  # what a user should know about this machine before it reads
         try:
             self._pack = open_pack(
                 Path(path),
@@ -219,9 +221,10 @@ class Engine:
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")
             self._relief.step()
-            computed = self._computed()
+            computed, reading = self._computed(), self._reading()
             yield self._decoder
             self.counters.compute_s += self._computed() - computed
+            self._count_reading(reading)
         finally:
             self._owner = None
             self._lock.release()
@@ -231,6 +234,16 @@ class Engine:
         from flashsparse.native.layers import compute_seconds
 
         return compute_seconds() if self.kernels == "native" else 0.0
+
+    def _reading(self) -> tuple[float, float]:
+        """Seconds in which the pool was reading, and of all of its reads together."""
+        done = None if self._pool is None else self._pool.counters
+        return (0.0, 0.0) if done is None else (done.active_s, done.busy_s)
+
+    def _count_reading(self, before: tuple[float, float]) -> None:
+        reading_s, in_flight_s = self._reading()
+        self.counters.reading_s += reading_s - before[0]
+        self.counters.in_flight_s += in_flight_s - before[1]
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -260,6 +273,7 @@ class Engine:
             runtime_bytes=self.runtime_bytes,
             calibrated_density=None if spec is None else spec.calibrated_density,
             lookahead=self._switch.to_dict,
+            drive=lambda cost: drive_rate(cost, self._curve, self.read_mode),
         )
 
     def observe(self, observer: Callable[[int, np.ndarray], None] | None) -> None:

@@ -1,6 +1,6 @@
 """What this machine measures: the curve of the drive under a folder, and the rate at which memory is read.
 
-Owns where curves are kept and when they are measured; how is `flashsparse.flash.curve`'s, what follows for a model
+Owns where curves are kept and when they are measured; how is `flashsparse.flash`'s, what follows for a model
 `flashsparse.outlook`'s.
 """
 
@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from flashsparse import native
-from flashsparse.flash.curve import DEPTHS, SIZES, Curve, load_curve, measure, save_curve
+from flashsparse.flash.curve import DEPTHS, SIZES, Curve, load_curve, save_curve
+from flashsparse.flash.probe import measure
 from flashsparse.places import cache_dir
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "IO_THREADS",
     "SIZES",
     "Curve",
+    "curve_notes",
     "find_curve",
     "known_curve",
     "memory_rate",
@@ -37,11 +39,13 @@ SMALL_LAYER = 8 << 20
 def find_curve(folder: Path, again: bool, tell: Callable[[str], object]) -> tuple[Curve, bool]:
     """The curve of the drive under `folder`, and whether it was known; measured otherwise, and kept.
 
-    `tell` is called with one line when it could not be kept.
+    `tell` is called with one line when a known one is doubtful and so measured again, and when it could not be kept.
     """
     found = None if again else load_curve(cache_dir(), folder)
-    if found is not None:
+    if found is not None and not (doubts := found.doubts()):
         return found, True
+    if found is not None:
+        tell(f"the known curve is doubtful, so the drive is measured again: {'; '.join(doubts)}")
     curve = measure(folder, sorted(folder.glob("flash-*.safetensors")))
     try:
         save_curve(curve, cache_dir(), folder)
@@ -53,6 +57,14 @@ def find_curve(folder: Path, again: bool, tell: Callable[[str], object]) -> tupl
 def known_curve(folder: Path) -> Curve | None:
     """The curve that was kept for the drive under `folder`, if any."""
     return load_curve(cache_dir(), folder)
+
+
+def curve_notes(curve: Curve | None) -> list[str]:
+    """What a user should know about the curve that reading follows, a line each."""
+    doubts = [] if curve is None else curve.doubts()
+    if not doubts:
+        return []
+    return [f"the drive's curve is doubtful ({'; '.join(doubts)}): `flashsparse doctor --again` measures it anew"]
 
 
 def read_mode(asked: str, curve: Curve | None) -> str:

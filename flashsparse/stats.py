@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from flashsparse import macos
+from flashsparse.drive import DriveRate
 
 
 @dataclass
@@ -22,7 +23,8 @@ class Counters:
     the native kernels. `hits` count records that were in their slots, or on their way there by a read ahead
     (`prefetch_used` of the `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s`
     are spent on naming and starting reads ahead, `overlap_s` on computing hits while misses were read. `readbacks` are
-    the host's waits for the GPU.
+    the host's waits for the GPU. `reading_s` are seconds in which a read was in flight, `in_flight_s` those of all
+    reads together.
     """
 
     tokens: int = 0
@@ -50,6 +52,8 @@ class Counters:
     hint_s: float = 0.0
     readbacks: int = 0
     overlap_s: float = 0.0
+    reading_s: float = 0.0
+    in_flight_s: float = 0.0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -141,6 +145,7 @@ class Stats:
     runtime_bytes: int
     calibrated_density: float | None = None
     lookahead: Callable[[], dict[str, object]] = dict
+    drive: Callable[[Counters], DriveRate | None] = lambda _: None
     system: Callable[[], Mapping[str, object]] = macos.state
     peak_memory_bytes: int = 0
     time_to_first_token_s: float = 0.0
@@ -158,6 +163,7 @@ class Stats:
     def to_dict(self) -> dict[str, object]:
         """The keys of `generate --json`, without the text."""
         both, decode = self.prefill + self.decode, self.decode
+        drive = self.drive(decode)
         return {
             "prompt_tokens": self.prefill.tokens,
             "generation_tokens": self.generation_tokens,
@@ -178,6 +184,7 @@ class Stats:
             "predictor_precision": decode.predictor_precision,
             "prefetch_useful": decode.prefetch_useful,
             "lookahead": self.lookahead(),
+            "drive": None if drive is None else drive.to_dict(),
             "io_wait_s": round(both.io_wait_s, 4),
             "tier": self.tier,
             "read_mode": self.read_mode,

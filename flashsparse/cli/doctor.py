@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +46,8 @@ def doctor(
     """Measure the drive, and say what speed to expect of MODEL: a pack, or a checkpoint not converted yet.
 
     The curve is measured once for each drive, in a few seconds, on the pack's own files or on a temporary file of
-    512 MiB, and kept in the user's cache; reading then follows it.
+    512 MiB, and kept in the user's cache; reading then follows it. A doubtful curve, or one of 30 days ago, is
+    measured again.
     """
     from flashsparse.machine import find_curve, memory_rate
     from flashsparse.outlook import checkpoint_shape, expect, pack_shape
@@ -86,7 +88,13 @@ def report(curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | 
 
 def lines(curve: Curve, known: bool, memory: float, shape: Shape | None, outlook: Outlook | None) -> list[str]:
     """What the terminal shows."""
-    text = [f"drive          {curve.device} ({'measured before; --again measures anew' if known else 'measured now'})"]
+    when = datetime.fromtimestamp(curve.measured).strftime("%Y-%m-%d %H:%M")
+    text = [
+        f"drive          {curve.device}",
+        f"measured       {when}{'; --again measures anew' if known else ', now'}; "
+        f"passes agree within {100 * (curve.spread - 1):.0f} %",
+        *(f"doubtful       {doubt}: measure again on a quiet machine (--again)" for doubt in curve.doubts()),
+    ]
     for name, rates in (("direct", curve.direct), ("buffered", curve.buffered)):
         text += _table(name, rates)
     text.append(f"in order       {curve.sequential / 1e9:.2f} GB/s")

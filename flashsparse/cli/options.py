@@ -133,5 +133,7 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
         kernels=memory.kernels,
         on_plan=lambda plan: click.echo(plan.describe(), err=err),
     )
+    for note in engine.notes:
+        click.echo(note, err=True)
     with engine:
         yield engine

@@ -21,6 +21,7 @@ def stats_line(stats: dict[str, Any]) -> str:
         f"{format_bytes(int(stats['flash_bytes_per_token']))} from flash per token ({stats['read_mode']} reads)",
         f"hit rate {percent(stats['hit_rate'])}",
         *lookahead_parts(stats),
+        *drive_parts(stats),
         f"peak memory {format_bytes(used)} of {format_bytes(stats['budget_bytes'])}"
         f" (+ {format_bytes(stats['runtime_bytes'])} runtime)",
         *system_parts(stats.get("system", {})),
@@ -40,6 +41,12 @@ def lookahead_parts(stats: dict[str, Any]) -> list[str]:
     useful = stats["prefetch_useful"]
     state = "on" if stats["lookahead"]["on"] else "off"
     return [] if useful is None else [f"lookahead {state}, {percent(useful)} of it used"]
+
+
+def drive_parts(stats: dict[str, Any]) -> list[str]:
+    """When reads came much slower or faster than the drive's curve says; nothing otherwise."""
+    drive = stats.get("drive")
+    return [drive["note"]] if drive and drive["note"] else []
 
 
 def quality_report(tier: str, quality: dict[str, Any] | None, problem: str | None) -> list[str]:

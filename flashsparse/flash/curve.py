@@ -1,42 +1,39 @@
 """The device curve: how fast a drive gives random reads, by their size and how many are in flight.
 
-Measured with a bare loop of preads in a few seconds, kept in the user's cache for each device and file system, and used
-by the read plan. Owns measuring, the cache and what follows from the figures; it knows no packs and no models.
+Kept in the user's cache for each device and file system, and used by the read plan. Owns the figures, their cache, what
+follows from them and whether to believe them; `flashsparse.flash.probe` measures them. Knows no packs and no models.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
-import itertools
 import json
 import math
-import mmap
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from flashsparse.errors import FlashReadError, FlashSparseError, format_bytes
-from flashsparse.flash.file import FlashFile
 from flashsparse.flash.plan import SEPARATE, Merging
 from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.flash.stream import Costs
-from flashsparse.native.library import lib
 
 SIZES = tuple(4096 << power for power in range(9))  # 4 KiB to 1 MiB
 DEPTHS = (1, 2, 4, 8, 16, 32)
-POINT_S = 0.02  # of one point; direct ones are measured twice, and the better counts: others may use the drive too
-FILE_BYTES = 512 << 20  # of the temporary file
-LEAST_BYTES = 128 << 20  # of existing files that are measured instead of it
 BUFFERED_WINS = 1.25  # by less, the memory that no budget counts is not worth it
 LEAST_THREADS = 8  # one too many costs its staging, one too few the speed of the drive's better minutes
-VERSION = 1
+SMALL_READ, SMALL_READ_THREADS = 64 << 10, 16  # a curve of a slow minute asks for 8, which halves the speed of others
+FEWER_WIN = 1.25  # times as fast: by less, reads below SMALL_READ get SMALL_READ_THREADS
+AGREE = 1.3  # how far two passes may be apart, in the median over points; beyond, another is measured
+DOUBTFUL = 2.0
+DAYS = 30  # a curve is believed
+FALLING = 3  # sizes that lose half of their rate with most reads in flight; fewer are noise
+VERSION = 2
 
 Rates = tuple[tuple[float, ...], ...]
 
@@ -46,12 +43,15 @@ class Curve:
     """Bytes per second: `direct[i][j]` and `buffered[i][j]` at SIZES[i] and DEPTHS[j], `sequential` in large pieces.
 
     `direct` is None where the file system refuses it, `buffered` where the page cache could not be emptied.
+    `measured`: when, in seconds since 1970; `spread`: how many times faster or slower a second pass was, in the median.
     """
 
     device: str
     direct: Rates | None
     buffered: Rates | None
     sequential: float
+    measured: float = field(default_factory=time.time)
+    spread: float = 1.0
 
     def rates(self) -> Rates:
         """Those of the faster mode."""
@@ -72,21 +72,51 @@ class Curve:
 
     def best(self, size: int) -> float:
         """Bytes per second of random reads of `size` bytes at the best depth measured."""
-        times = [at / max(row) for at, row in zip(SIZES, self.rates(), strict=True)]
-        if size <= SIZES[0]:
-            return size / times[0]
-        if size >= SIZES[-1]:
-            return max(self.rates()[-1])
-        return size / float(np.interp(size, SIZES, times))
+        return _between(size, [max(row) for row in self.rates()])
+
+    def at(self, size: float, depth: float, mode: str) -> float | None:
+        """Bytes per second of random reads of `size` bytes with `depth` in flight; None where `mode` has no figures."""
+        rates = self.direct if mode == "direct" else self.buffered
+        if rates is None:
+            return None
+        return _between(size, [float(np.interp(math.log2(max(depth, 1)), np.log2(DEPTHS), row)) for row in rates])
+
+    def _row(self, size: int) -> tuple[float, ...]:
+        """Of the measured size next to `size`."""
+        return self.rates()[min(range(len(SIZES)), key=lambda i: abs(math.log(SIZES[i] / max(size, 1))))]
 
     def depth(self, size: int) -> int:
         """The fewest reads in flight that reach 95 % of the best rate at the measured size next to `size`."""
-        row = self.rates()[min(range(len(SIZES)), key=lambda i: abs(math.log(SIZES[i] / max(size, 1))))]
+        row = self._row(size)
         return next(depth for depth, rate in zip(DEPTHS, row, strict=True) if rate >= 0.95 * max(row))
 
     def threads(self, size: int) -> int:
-        """Read threads for records of `size` bytes: the depth, but some more where the curve asks for few."""
-        return max(LEAST_THREADS, self.depth(size))
+        """Read threads for records of `size` bytes: the depth, but some more where the curve asks for few.
+
+        Small reads get SMALL_READ_THREADS at least, unless fewer were FEWER_WIN times as fast.
+        """
+        row, least = self._row(size), LEAST_THREADS
+        if size < SMALL_READ:
+            at = DEPTHS.index(SMALL_READ_THREADS)
+            least = LEAST_THREADS if max(row[:at]) > FEWER_WIN * max(row[at:]) else SMALL_READ_THREADS
+        return max(least, self.depth(size))
+
+    def doubts(self, now: float | None = None) -> list[str]:
+        """What speaks against these figures being the drive's, `now` in seconds since 1970; empty when nothing does."""
+        rates, days = self.rates(), ((time.time() if now is None else now) - self.measured) / 86400
+        random, least, longest = max(rates[-1]), max(rates[0]), max(rates[SIZES.index(STAGING_BYTES)])
+        falling = [size for size, row in zip(SIZES, rates, strict=True) if row[-1] < 0.5 * max(row)]
+        found = [
+            (days > DAYS, f"measured {days:.0f} days ago"),
+            (self.spread > DOUBTFUL, f"two passes were {self.spread:.1f} times apart"),
+            (longest < least, f"reads of {STAGING_BYTES >> 10} KiB moved less than those of {SIZES[0] >> 10} KiB"),
+            (self.sequential < 0.5 * random, "reading in order was less than half as fast as at random places"),
+            (
+                len(falling) >= FALLING,
+                f"{len(falling)} sizes lost half of their rate with {DEPTHS[-1]} reads in flight",
+            ),
+        ]
+        return [reason for holds, reason in found if holds]
 
     def merging(self, size: int) -> Merging:
         """The gap between records of `size` bytes that costs as much as the request that reading it saves.
@@ -106,6 +136,15 @@ class Curve:
 
     def to_dict(self) -> dict[str, Any]:
         return {"version": VERSION, "sizes": SIZES, "depths": DEPTHS, **asdict(self)}
+
+
+def _between(size: float, rates: Sequence[float]) -> float:
+    """The rate at `size` when SIZES have `rates`: a request's time is linear between them."""
+    if size <= SIZES[0]:
+        return rates[0] * size / SIZES[0]
+    if size >= SIZES[-1]:
+        return rates[-1]
+    return size / float(np.interp(size, SIZES, [at / rate for at, rate in zip(SIZES, rates, strict=True)]))
 
 
 def _area(rates: Rates) -> float:
@@ -140,11 +179,15 @@ def load_curve(cache: Path, folder: Path) -> Curve | None:
         if (stored["version"], tuple(stored["sizes"]), tuple(stored["depths"])) != (VERSION, SIZES, DEPTHS):
             return None
         curve = Curve(
-            str(stored["device"]), _rates(stored["direct"]), _rates(stored["buffered"]), float(stored["sequential"])
+            str(stored["device"]),
+            _rates(stored["direct"]),
+            _rates(stored["buffered"]),
+            *(float(stored[name]) for name in ("sequential", "measured", "spread")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = curve.device == device_name(folder) and (curve.direct or curve.buffered) and curve.sequential > 0
+    whole = all(math.isfinite(value) and value > 0 for value in (curve.sequential, curve.measured, curve.spread))
+    known = curve.device == device_name(folder) and (curve.direct or curve.buffered) and whole
     return curve if known else None
 
 
@@ -166,152 +209,3 @@ def save_curve(curve: Curve, cache: Path, folder: Path) -> None:
     partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(curve.to_dict()))
     partial.replace(path)
-
-
-def measure(folder: Path, files: Sequence[Path] = (), size: int = FILE_BYTES) -> Curve:
-    """Measure the device under `folder`: on `files` that lie there, else on a temporary file of `size` bytes.
-
-    Raises FlashReadError when reading fails, FlashSparseError when there is no room for the temporary file.
-    """
-    if sum(path.stat().st_size for path in files) >= LEAST_BYTES:
-        return _measure(device_name(folder), sorted(files, key=lambda path: -path.stat().st_size)[:4])
-    with temporary_file(folder, size) as path:
-        return _measure(device_name(folder), [path])
-
-
-@contextlib.contextmanager
-def temporary_file(folder: Path, size: int) -> Iterator[Path]:
-    """A file of `size` random bytes in `folder`, gone afterwards. Raises FlashSparseError without room for it."""
-    path = _write(folder, size)
-    try:
-        yield path
-    finally:
-        path.unlink(missing_ok=True)
-
-
-def _write(folder: Path, size: int) -> Path:
-    """A file whose bytes are really on the drive; a hole would be read without it."""
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    if free < 2 * size:
-        raise FlashSparseError(
-            f"{folder}: measuring the drive takes a temporary file of {format_bytes(size)} and twice that free; "
-            f"found {format_bytes(free)}; make room, or name a folder on the same drive with --at"
-        )
-    path = folder / f".flashsparse-{os.getpid()}.tmp"
-    block = np.random.default_rng(0).integers(0, 256, 8 << 20, np.uint8).tobytes()
-    try:
-        with open(path, "xb", buffering=0) as file:
-            for _ in range(size // len(block)):
-                file.write(block)
-            os.fsync(file.fileno())
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise FlashSparseError(f"{path}: cannot be written: {error.strerror}; name another folder with --at") from None
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _measure(device: str, paths: Sequence[Path]) -> Curve:
-    with Loop(max(SIZES) * max(DEPTHS)) as loop:
-        direct, buffered = _tables(loop, paths)
-        sequential = 0.0
-        with FlashFile(paths[0], "direct") as file:
-            for _ in range(2):
-                empty_cache(file)
-                offsets = np.arange(0, file.size - SIZES[-1], SIZES[-1], dtype=np.int64)
-                sequential = max(sequential, loop.rate(file, offsets, SIZES[-1], 8, 0.15))
-    if direct is None and buffered is None:
-        raise FlashSparseError(f"{paths[0]}: direct reads are refused and the page cache cannot be emptied: no curve")
-    return Curve(device, direct, buffered, sequential)
-
-
-def _tables(loop: Loop, paths: Sequence[Path]) -> tuple[Rates | None, Rates | None]:
-    """Direct and buffered rates, point by point in turn: what else uses the drive meanwhile meets both."""
-    rng, found = (
-        np.random.default_rng(0),
-        {mode: np.zeros((len(SIZES), len(DEPTHS))) for mode in ("direct", "buffered")},
-    )
-    with contextlib.ExitStack() as stack:
-        files = {mode: [stack.enter_context(FlashFile(path, mode)) for path in paths] for mode in found}
-        if not all(file.direct for file in files["direct"]):
-            del found["direct"]
-        for (i, size), (j, depth) in itertools.product(enumerate(SIZES), enumerate(DEPTHS)):
-            for mode, turn in (("direct", 0), ("buffered", 0), ("direct", 1)):
-                if mode not in found:
-                    continue
-                rate = _point(loop, files[mode][(j + turn) % len(paths)], rng, size, depth)
-                if rate is None:
-                    del found[mode]
-                else:
-                    found[mode][i, j] = max(found[mode][i, j], rate)
-    tables = {mode: tuple(tuple(map(float, row)) for row in rates) for mode, rates in found.items()}
-    return tables.get("direct"), tables.get("buffered")
-
-
-def _point(loop: Loop, file: FlashFile, rng: np.random.Generator, size: int, depth: int) -> float | None:
-    if not file.direct and not empty_cache(file):
-        return None
-    places = rng.integers(0, max(1, (file.size - size) // 4096), 4096)
-    return loop.rate(file, places * 4096, size, depth, POINT_S)
-
-
-class Loop:
-    """Memory for bare reads, `nbytes` of it, in huge pages where the system has them."""
-
-    def __init__(self, nbytes: int) -> None:
-        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            with contextlib.suppress(OSError):  # a kernel without them
-                self._map.madvise(mmap.MADV_HUGEPAGE)
-        self._bytes = np.frombuffer(self._map, np.uint8)
-        self._bytes[:] = 1
-
-    @property
-    def address(self) -> int:
-        return self._bytes.ctypes.data
-
-    def rate(self, file: FlashFile, offsets: np.ndarray, size: int, depth: int, seconds: float) -> float:
-        """Bytes per second of `depth` threads that read `size` bytes at each of `offsets`, for `seconds` at most.
-
-        Raises FlashReadError.
-        """
-        if depth * size > len(self._bytes):
-            raise ValueError(f"{depth} reads of {size} bytes need more than the {len(self._bytes)} bytes there are")
-        places, out = np.ascontiguousarray(offsets, np.int64), (ctypes.c_int64 * 2)()
-        failed = -lib().fs_read_rate(
-            file.fd, places.ctypes.data, len(places), size, depth, int(seconds * 1e9), self._bytes.ctypes.data, out
-        )
-        if failed or not out[0]:
-            reason = os.strerror(failed) if failed else "nothing was read"
-            raise FlashReadError(f"{file.path}: measuring reads failed: {reason}", file.path, 0, size, failed)
-        return float(out[0] * size / (out[1] / 1e9))
-
-    def __enter__(self) -> Loop:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        del self._bytes
-        self._map.close()
-
-
-def empty_cache(file: FlashFile) -> bool:
-    """Drop the file's pages from the page cache; whether less than a hundredth of them is left."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    return cached_share(file) < 0.01
-
-
-def cached_share(file: FlashFile) -> float:
-    """The share of the file's pages in the page cache, by mincore; 1 where the system does not tell."""
-    if not file.size or sys.platform != "linux":
-        return 1.0
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
-    with mmap.mmap(file.fd, file.size, prot=mmap.PROT_READ) as view:
-        pages = np.empty(-(-file.size // mmap.PAGESIZE), np.uint8)
-        array = np.frombuffer(view, np.uint8)
-        failed = libc.mincore(array.ctypes.data, file.size, pages.ctypes.data)
-        del array
-    return 1.0 if failed else float((pages & 1).mean())

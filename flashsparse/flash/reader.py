@@ -28,12 +28,14 @@ STAGING_BYTES = 128 << 10  # of each thread at most, for a request that brings s
 
 @dataclass(frozen=True)
 class Counters:
-    """What a pool has done since it was made; `reads` are requests, `busy_s` seconds in them over all threads."""
+    """What a pool has done since it was made; `reads` are requests, `busy_s` seconds in them over all threads,
+    `active_s` those in which any thread was in one."""
 
     reads: int
     needed_bytes: int
     read_bytes: int
     busy_s: float
+    active_s: float
 
 
 class ReadPool:
@@ -120,9 +122,9 @@ class ReadPool:
 
     @property
     def counters(self) -> Counters:
-        values = (ctypes.c_int64 * 4)()
+        values = (ctypes.c_int64 * 5)()
         lib().fs_pool_counters(self.handle, ctypes.byref(values))
-        return Counters(values[0], values[1], values[2], values[3] / 1e9)
+        return Counters(values[0], values[1], values[2], values[3] / 1e9, values[4] / 1e9)
 
     def close(self) -> None:
         """Drop waiting reads, wait for those in flight, stop the threads. Later uses of its batches fail."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -139,7 +139,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_slots_reserve": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "fs_slots_settle": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int32]),
     "fs_slots_end_step": (None, [c_void_p]),
-    "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 4)]),
+    "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 5)]),
 }
 
 

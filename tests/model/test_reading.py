@@ -37,10 +37,10 @@ def test_the_curve_is_applied_and_options_win(tmp_path: Path, monkeypatch: pytes
         unknown = "direct" if file.direct else "buffered"
     expected, threads, mode = run(pack)
     assert (threads, mode) == (IO_THREADS, unknown)
-    for depth, faster in ((4, "buffered"), (16, "direct")):
+    for depth, faster in ((4, "buffered"), (32, "direct")):
         save_curve(drive(pack, depth, faster), cache, pack)
         found, threads, mode = run(pack)
-        assert (threads, mode) == (max(8, depth), "buffered" if faster == "buffered" else unknown)
+        assert (threads, mode) == (IO_THREADS, "buffered" if faster == "buffered" else unknown)
         assert np.array_equal(found, expected)
         found, threads, mode = run(pack, io_threads=3, read_mode="direct")
         assert (threads, mode) == (3, unknown)

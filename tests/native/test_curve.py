@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from flashsparse import FlashReadError, FlashSparseError
-from flashsparse.flash import FlashFile, Merging, curve
-from flashsparse.flash.curve import DEPTHS, SIZES, Curve, cached_path, load_curve, measure, save_curve
+from flashsparse.flash import FlashFile, Merging, curve, probe
+from flashsparse.flash.curve import DEPTHS, SIZES, Curve, cached_path, load_curve, save_curve
 from flashsparse.flash.plan import SEPARATE
+from flashsparse.flash.probe import measure
 
 
 def made(request_s: float, bytes_per_s: float, device: str = "") -> Curve:
@@ -21,7 +25,7 @@ def made(request_s: float, bytes_per_s: float, device: str = "") -> Curve:
 
 
 def test_measuring_reads_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve, "POINT_S", 0.001)
+    monkeypatch.setattr(probe, "POINT_S", 0.001)
     found = measure(tmp_path, size=16 << 20)
     assert not list(tmp_path.iterdir())
     assert found.sequential > 0
@@ -46,7 +50,10 @@ def test_a_damaged_cache_is_no_curve(tmp_path: Path, damage: str) -> None:
     assert load_curve(tmp_path, tmp_path) is None
 
 
-@pytest.mark.parametrize("key,value", [("device", "another"), ("direct", [[1.0]]), ("sequential", -1), ("version", 0)])
+@pytest.mark.parametrize(
+    "key,value",
+    [("device", "another"), ("direct", [[1.0]]), ("sequential", -1), ("measured", 0), ("spread", None), ("version", 0)],
+)
 def test_a_curve_of_another_device_or_shape_is_no_curve(tmp_path: Path, key: str, value: object) -> None:
     save_curve(made(1e-5, 1e9, curve.device_name(tmp_path)), tmp_path, tmp_path)
     assert load_curve(tmp_path, tmp_path) is not None
@@ -77,37 +84,95 @@ def test_depth_is_the_least_that_is_fast_enough() -> None:
     assert Curve("", (row,) * len(SIZES), None, 1.0).depth(6912) == 8
 
 
-def test_threads_are_the_depth_but_not_too_few() -> None:
-    row = (1.0, 2.0, 4.0, 7.8, 16.0, 16.0)
-    assert Curve("", (row,) * len(SIZES), None, 1.0).threads(6912) == 16
-    assert made(1e-5, 1e9).threads(6912) == curve.LEAST_THREADS
+@pytest.mark.parametrize(
+    "row,size,threads",
+    [
+        ((1.0, 2.0, 4.0, 7.8, 16.0, 16.0), 6912, 16),
+        ((1.0, 2.0, 4.0, 7.8, 16.0, 32.0), 6912, 32),
+        ((1.0, 2.0, 3.0, 3.0, 3.0, 3.0), 6912, 16),  # a slow minute's: more in flight would do no harm
+        ((1.0, 2.0, 4.0, 4.0, 2.0, 2.0), 6912, 8),  # more clearly harm
+        ((1.0, 2.0, 3.0, 3.0, 3.0, 3.0), 64 << 10, 8),
+    ],
+)
+def test_threads_are_the_depth_but_not_too_few(row: tuple[float, ...], size: int, threads: int) -> None:
+    assert Curve("", (row,) * len(SIZES), None, 1.0).threads(size) == threads
+
+
+def test_rates_at_a_depth() -> None:
+    drive = Curve("", ((1e8, 2e8, 3e8, 4e8, 5e8, 6e8),) * len(SIZES), None, 1e9)
+    assert drive.at(8192, 2, "direct") == pytest.approx(2e8)
+    assert drive.at(10_000, 24**0.5, "direct") == pytest.approx(3.29e8, rel=0.01)
+    assert drive.at(8192, 100, "direct") == pytest.approx(6e8)
+    assert drive.at(8192, 2, "buffered") is None
+
+
+def test_what_speaks_against_a_curve() -> None:
+    good = replace(made(1e-5, 1e9), measured=1e9)
+    assert good.doubts(1e9 + 86400) == []
+    assert good.doubts(1e9 + 31 * 86400) == ["measured 31 days ago"]
+    falling = tuple((rate, rate, rate, rate, rate, 0.4 * rate) for rate, *_ in good.direct or ())
+    shrinking = tuple(reversed(good.direct or ()))
+    for bad, reason in (
+        (replace(good, spread=2.1), "two passes were 2.1 times apart"),
+        (replace(good, sequential=1e8), "in order was less than half"),
+        (replace(good, direct=falling), "9 sizes lost half"),
+        (replace(good, direct=shrinking), "128 KiB moved less"),
+    ):
+        assert len(bad.doubts(1e9)) == 1 and reason in bad.doubts(1e9)[0]
 
 
 def test_both_modes_are_measured_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
-    rates = iter(np.arange(1.0, 1000.0))
 
-    def point(loop: curve.Loop, file: FlashFile, *_: object) -> float | None:
+    def point(loop: probe.Loop, file: FlashFile, *_: object) -> float | None:
         asked.append(file.direct)
-        return float(next(rates))
+        return 1.0
 
-    monkeypatch.setattr(curve, "_point", point)
-    monkeypatch.setattr(curve.Loop, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(probe, "_point", point)
+    monkeypatch.setattr(probe.Loop, "rate", lambda *_: 1.0)
     found = measure(tmp_path, size=16 << 20)
-    turns = (True, False, True) if found.direct else (False,)
-    assert asked == list(turns) * (len(SIZES) * len(DEPTHS))
-    assert found.buffered is not None and found.buffered[0][0] == (2.0 if found.direct else 1.0)
-    assert found.direct is None or found.direct[0][0] == 3.0  # the better of two
+    turns = (True, False) if found.direct else (False,)
+    assert asked == list(turns) * (2 * len(SIZES) * len(DEPTHS))
+    assert found.buffered is not None
+    assert found.spread == 1.0
+
+
+@pytest.mark.parametrize(
+    "speeds,passes,spread", [((1.0, 1.2), 2, 1.2), ((0.1, 1.0, 1.1), 3, 1.1), ((0.1, 1.0, 0.2, 0.4), 4, 2.5)]
+)
+def test_passes_are_repeated_until_two_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, speeds: tuple[float, ...], passes: int, spread: float
+) -> None:
+    asked: list[int] = []
+
+    def point(loop: probe.Loop, file: FlashFile, *_: object) -> float | None:
+        asked.append(1)
+        return speeds[(len(asked) - 1) // (len(SIZES) * len(DEPTHS))] if not file.direct else None
+
+    monkeypatch.setattr(probe, "_opened", only_buffered)
+    monkeypatch.setattr(probe, "_point", point)
+    monkeypatch.setattr(probe.Loop, "rate", lambda *_: 1.0)
+    found = measure(tmp_path, size=16 << 20)
+    assert len(asked) == passes * len(SIZES) * len(DEPTHS)
+    assert found.spread == pytest.approx(spread)
+    assert found.buffered is not None and found.buffered[0][0] == max(speeds)
+    assert bool(found.doubts()) == (spread > curve.DOUBTFUL)
+
+
+@contextlib.contextmanager
+def only_buffered(paths: list[Path]) -> Iterator[dict[str, list[FlashFile]]]:
+    with FlashFile(paths[0], "buffered") as file:
+        yield {"buffered": [file]}
 
 
 def test_a_cache_that_cannot_be_emptied_has_no_buffered_curve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(curve, "_point", lambda loop, file, *_: 5.0 if file.direct else None)
-    monkeypatch.setattr(curve.Loop, "rate", lambda *_: 1.0)
+    monkeypatch.setattr(probe, "_point", lambda loop, file, *_: 5.0 if file.direct else None)
+    monkeypatch.setattr(probe.Loop, "rate", lambda *_: 1.0)
     with FlashFile(__file__) as file:
         if not file.direct:
             pytest.skip("direct reads are refused here")
     assert measure(tmp_path, size=16 << 20).buffered is None
-    monkeypatch.setattr(curve, "_point", lambda *_: None)
+    monkeypatch.setattr(probe, "_point", lambda *_: None)
     with pytest.raises(FlashSparseError, match="no curve"):
         measure(tmp_path, size=16 << 20)
 
@@ -124,15 +189,15 @@ def test_emptying_the_page_cache_is_checked(tmp_path: Path) -> None:
     path.write_bytes(bytes(1 << 20))
     with FlashFile(path, "buffered") as file:
         path.read_bytes()
-        assert curve.cached_share(file) > 0.99
-        if curve.empty_cache(file):
-            assert curve.cached_share(file) < 0.01
+        assert probe.cached_share(file) > 0.99
+        if probe.empty_cache(file):
+            assert probe.cached_share(file) < 0.01
 
 
 def test_reading_past_the_end_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(8192))
-    with FlashFile(path, "buffered") as file, curve.Loop(8192) as loop:
+    with FlashFile(path, "buffered") as file, probe.Loop(8192) as loop:
         with pytest.raises(FlashReadError, match="measuring reads failed"):
             loop.rate(file, np.array([4096]), 8192, 1, 1.0)
         with pytest.raises(ValueError, match="2 reads of 8192 bytes"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from click.testing import CliRunner
 from flashsparse import machine
 from flashsparse.cli import doctor as command
 from flashsparse.errors import CheckpointError, UsageError
-from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, save_curve
+from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, load_curve, save_curve
 from flashsparse.outlook import ASSUMED_DENSITY, ASSUMED_HITS, Shape, checkpoint_shape, expect
 
 CONFIG = {
@@ -79,10 +81,33 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_curve(drive(1e9, device_name(tmp_path)), tmp_path / "cache/flashsparse", tmp_path)
     arguments = [str(tmp_path), "--dram", "7GB", "--plot", str(tmp_path / "curve.png")]
     shown = CliRunner().invoke(command.doctor, arguments, catch_exceptions=False).output
-    for part in ("measured before", "1.00", "assumed; set it with --density", "expect         at most"):
+    for part in (
+        "--again measures anew; passes agree within 0 %",
+        "1.00",
+        "assumed; set it with --density",
+        "expect         at most",
+    ):
         assert part in shown
     assert (tmp_path / "curve.png").stat().st_size > 10_000
     facts = json.loads(CliRunner().invoke(command.doctor, [*arguments, "--json"], catch_exceptions=False).output)
     assert facts["memory"] > 0
     assert facts["outlook"]["tokens_per_second"] > 0
     assert facts["curve"]["sequential"] == 2e9
+
+
+def test_a_doubtful_curve_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "MEMORY_BYTES", 1 << 20)
+    device, cache = device_name(tmp_path), tmp_path / "cache/flashsparse"
+    old = replace(drive(1e9, device), measured=time.time() - 31 * 86400)
+    save_curve(old, cache, tmp_path)
+    assert machine.known_curve(tmp_path) == old  # reading follows it, and says so
+    (note,) = machine.curve_notes(old)
+    assert "measured 31 days ago" in note and "doctor --again" in note
+    assert machine.curve_notes(drive(1e9)) == machine.curve_notes(None) == []
+    fresh = replace(drive(2e9, device), spread=2.5)
+    monkeypatch.setattr(machine, "measure", lambda *_: fresh)
+    result = CliRunner().invoke(command.doctor, ["--at", str(tmp_path)], catch_exceptions=False)
+    assert "the known curve is doubtful" in result.stderr and "31 days ago" in result.stderr
+    assert "doubtful       two passes were 2.5 times apart" in result.stdout
+    assert load_curve(cache, tmp_path) == fresh

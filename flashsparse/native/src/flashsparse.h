@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 5
+#define FS_ABI_VERSION 6
 
 #ifdef __cplusplus
 extern "C" {
@@ -151,7 +151,7 @@ FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1
 // Drops the reads of the batch that nobody has begun and whose kept[i] is 0; sets kept[i] of those that were begun.
 FS_API void fs_pool_keep(fs_pool*, int64_t batch, uint8_t* kept);
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
-FS_API void fs_pool_counters(fs_pool*, int64_t out[4]);  // requests, bytes needed, bytes arrived, busy ns
+FS_API void fs_pool_counters(fs_pool*, int64_t out[5]);  // requests, bytes needed, bytes arrived, busy ns, ns with any busy
 
 // The slots of a layer and what they hold. The arrays are the caller's, and so is the struct: all zero at first but for
 // slot_of and record_in (-1), numbers that the functions change afterwards. One call at a time. ids are ascending.

@@ -19,7 +19,12 @@
 
 namespace {
 
+using Clock = std::chrono::steady_clock;
 constexpr size_t kHugePage = 2 << 20;
+
+int64_t nanoseconds(Clock::duration time) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
 
 struct Batch {
     Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs)
@@ -97,7 +102,7 @@ struct fs_pool {
     bool error(int64_t id, fs_read_error* out);
     void keep(int64_t id, uint8_t* kept);
     void release(int64_t id);
-    void counters(int64_t out[4]);
+    void counters(int64_t out[5]);
     void stop();
 
   private:
@@ -114,6 +119,8 @@ struct fs_pool {
     std::vector<std::thread> threads_;
     Staging staging_;
     int64_t reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
+    int64_t running_ = 0, active_ = 0;  // requests in flight, nanoseconds in which there were any until...
+    Clock::time_point since_;           // ...the first of those in flight began
     bool stop_ = false;
 };
 
@@ -167,7 +174,6 @@ void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
 }
 
 void fs_pool::work(int index) {
-    using clock = std::chrono::steady_clock;
     Outcome outcomes[kMostRecords];
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
@@ -177,14 +183,16 @@ void fs_pool::work(int index) {
         int64_t run = batch->order[size_t(batch->next++)];
         batch->in_flight++;
         if (--batch->waiting == 0) queue_.pop_front();
+        auto start = Clock::now();
+        if (running_++ == 0) since_ = start;
         lock.unlock();
         const int32_t first = batch->firsts[size_t(run)], last = batch->firsts[size_t(run) + 1];
-        auto start = clock::now();
         int64_t arrived = read_run(&batch->reads[size_t(first)], last - first, staging_.of(index),
                                    staging_.each, outcomes);
-        int64_t spent = std::chrono::duration_cast<std::chrono::nanoseconds>(clock::now() - start).count();
+        auto end = Clock::now();
         lock.lock();
-        reads_++, arrived_ += arrived, busy_ += spent;
+        reads_++, arrived_ += arrived, busy_ += nanoseconds(end - start);
+        if (--running_ == 0) active_ += nanoseconds(end - since_);
         record(*batch, run, outcomes);
     }
 }
@@ -267,9 +275,10 @@ void fs_pool::release(int64_t id) {
     batch->changed.notify_all();
 }
 
-void fs_pool::counters(int64_t out[4]) {
+void fs_pool::counters(int64_t out[5]) {
     std::lock_guard<std::mutex> lock(mutex_);
     out[0] = reads_, out[1] = needed_, out[2] = arrived_, out[3] = busy_;
+    out[4] = active_ + (running_ > 0 ? nanoseconds(Clock::now() - since_) : 0);
 }
 
 extern "C" {
@@ -301,6 +310,6 @@ int64_t fs_pool_take(fs_pool* pool, int64_t batch, int32_t* done, int64_t max, i
 int32_t fs_pool_error(fs_pool* pool, int64_t batch, fs_read_error* out) { return pool->error(batch, out); }
 void fs_pool_keep(fs_pool* pool, int64_t batch, uint8_t* kept) { pool->keep(batch, kept); }
 void fs_pool_release(fs_pool* pool, int64_t batch) { pool->release(batch); }
-void fs_pool_counters(fs_pool* pool, int64_t out[4]) { pool->counters(out); }
+void fs_pool_counters(fs_pool* pool, int64_t out[5]) { pool->counters(out); }
 
 }  // extern "C"
