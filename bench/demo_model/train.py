@@ -3,7 +3,7 @@
 Owns the recipe: tokenizer, data mixture, optimizer, sparsity pressure, export as a Hugging Face directory with a model
 card. It leaves out everything about packs; `flashsparse convert` reads what this writes. Needs torch and transformers.
 
-The recipe: Muon on the matrices and AdamW on the rest; books first, stories at the end; a ProSparse-style L1 term on
+The recipe: Muon on the matrices but the gates, AdamW on those and the rest; books first, stories at the end; a ProSparse-style L1 term on
 the FFN's intermediate values (arXiv 2402.13516, section 3.2) whose weight rises along a half cosine late in training.
 """
 
@@ -52,7 +52,7 @@ class Recipe:
     l1: float = 0.05
     l1_start: float = 0.45
     gate_noise: float = 0.0
-    gate_optimizer: str = "muon"
+    gate_optimizer: str = "adamw"
     stories_start: float = 0.75
     stories_share: float = 0.7
     seed: int = 0
@@ -381,6 +381,7 @@ def card(recipe: Recipe, report: dict[str, Any]) -> str:
         f"windows of {recipe.context} tokens"
     )
     layers = "\n".join(f"| {i} | {100 * s:.1f} % |" for i, s in enumerate(report["sparsity_per_layer"]))
+    length = f"--minutes {recipe.minutes:g}" if recipe.minutes < 1e9 else f"--tokens {recipe.tokens}"
     return f"""# FlashSparse demo model
 
 A Llama-style model with a gated FFN and `{recipe.activation}` as its activation, trained from scratch on public-domain
@@ -407,7 +408,7 @@ Text: Project Gutenberg books (public domain in the US) and TinyStories (CDLA-Sh
 ## Make it again
 
     python bench/demo_model/train.py --books books-train.txt.zst --stories tinystories-train.txt.zst \\
-        --valid books-valid.txt.zst --work WORK --out OUT --minutes {recipe.minutes:g} --l1 {recipe.l1:g}
+        --valid books-valid.txt.zst --work WORK --out OUT {length} --l1 {recipe.l1:g}
 """
 
 
