@@ -131,3 +131,13 @@ def product_rate(size: int = 1024, seconds: float = 0.5) -> float:
         np.matmul(left, right)
         done += 1
     return 2.0 * size**3 * done / (time.perf_counter() - began)
+
+
+def touch_rate(nbytes: int = 1 << 30) -> float:
+    """Bytes per second of memory touched for the first time, as weights and slots are."""
+    from flashsparse.weights import Buffer
+
+    began = time.perf_counter()
+    buffer = Buffer(nbytes)
+    buffer.bytes[::_PAGE] = 1
+    return nbytes / (time.perf_counter() - began)

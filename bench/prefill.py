@@ -4,7 +4,8 @@ Every run is a process of its own that loads the pack and evaluates `--prompt` s
 token counts from the start of the process, imports included. Counters show that no chunk reads a record twice. The
 limits: flash bytes over the drive's sequential rate or the products over the rate of a large matrix product,
 whichever is longer; to the first token, resident weights and the prompt's records over the sequential rate and 2 s.
-The last line is one JSON object.
+Beside them stands what touching as much memory for the first time takes: a virtual machine may have to fetch it from
+its host. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench.ceilings import drive_rate, product_rate
+from bench.ceilings import drive_rate, product_rate, touch_rate
 from bench.cgroup import run_limited
 from bench.decode import RunFailed
 from bench.decode_run import read_sequence
@@ -41,11 +42,13 @@ def main() -> int:
 
     manifest = Manifest.load(args.pack)
     paths = [manifest.flash_path(layer) for layer in range(manifest.layers)]
-    sequential, products = drive_rate(paths, *SEQUENTIAL, seconds=1.0), product_rate()
+    sequential, products, touching = drive_rate(paths, *SEQUENTIAL, seconds=1.0), product_rate(), touch_rate()
     print(f"drive     {sequential / 1e9:.2f} GB/s sequential\nproducts  {products / 1e9:.0f} GFLOP/s", flush=True)
+    print(f"memory    {touching / 1e9:.2f} GB/s touched for the first time", flush=True)
     with OthersCpu() as others:
         runs = [run_once(args) for _ in range(args.repeat)]
     report = summarize(manifest, runs, args.prompt, sequential, products) | {"others_cpu": others.share}
+    report["limit_s"]["touching"] = report["run"]["touched"] / touching
     show(report)
     problems = check(runs)
     for problem in problems:
@@ -90,6 +93,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "flash_bytes": cost.flash_bytes,
                 "io_wait_s": cost.io_wait_s,
                 "ffn_s": cost.ffn_s,
+                "touched": engine.peak_memory() - engine.runtime_bytes,
                 "over_budget": engine.peak_memory() - engine.runtime_bytes - engine.plan.budget,
             }
 
@@ -154,6 +158,7 @@ def show(report: dict[str, Any]) -> None:
         ("reached", f"{100 * report['share_of_limit']:.0f} % of the larger"),
         ("prefill", f"{shown(report['prefill_tps'])} tokens/s"),
         ("first token", f"{shown(report['first_token_s'])} s after the start, limit {limit['first_token']:.1f} s"),
+        ("memory", f"{format_bytes(run['touched'])} touched, {limit['touching']:.1f} s at the rate of fresh memory"),
         ("load", f"{shown(report['load_s'])} s"),
         ("flash", f"{format_bytes(run['flash_bytes'])}, {run['io_wait_s']:.1f} s waited"),
         ("records", f"{run['records_read']:.0f} read, {run['records_needed']} needed in {run['chunks']} chunks"),

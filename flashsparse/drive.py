@@ -1,6 +1,7 @@
 """The drive at work beside its curve: whether reads while decoding came as fast as the curve says they should.
 
-Compares like with like: the mean request's size and the mean number in flight while any was.
+Compares like with like: the mean request's size and the mean number in flight while any was. And what the time to the
+first token comes to at the curve's rate in order.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from flashsparse.stats import Counters
 
 LEAST_READS, LEAST_S = 500, 0.1  # below, the figures say nothing
+START_S = 2.0  # allowed for imports and the first products, beside reading
 FAR = 2.0  # times faster or slower than the curve, before it is worth a word
 
 
@@ -45,3 +47,8 @@ def drive_rate(cost: Counters, curve: Curve | None, mode: str) -> DriveRate | No
     depth = cost.in_flight_s / cost.reading_s
     expected = None if curve is None else curve.at(cost.flash_bytes / cost.flash_reads, depth, mode)
     return DriveRate(cost.flash_bytes / cost.reading_s, depth, expected)
+
+
+def start_limit(resident_bytes: int, prefill: Counters, curve: Curve | None) -> float | None:
+    """Seconds from loading to the first token, were all of it read in order: resident weights, prompt's records."""
+    return None if curve is None else (resident_bytes + prefill.needed_bytes) / curve.sequential + START_S

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flashsparse import macos, memory
-from flashsparse.drive import drive_rate
+from flashsparse.drive import drive_rate, start_limit
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
 from flashsparse.options import LoadOptions
@@ -273,6 +273,7 @@ class Engine:
             runtime_bytes=self.runtime_bytes,
             calibrated_density=None if spec is None else spec.calibrated_density,
             lookahead=self._switch.to_dict,
+            start_limit=lambda cost: start_limit(self.plan.resident, cost, self._curve),
             drive=lambda cost: drive_rate(cost, self._curve, self.read_mode),
         )
 

@@ -146,6 +146,7 @@ class Stats:
     calibrated_density: float | None = None
     lookahead: Callable[[], dict[str, object]] = dict
     drive: Callable[[Counters], DriveRate | None] = lambda _: None
+    start_limit: Callable[[Counters], float | None] = lambda _: None
     system: Callable[[], Mapping[str, object]] = macos.state
     peak_memory_bytes: int = 0
     time_to_first_token_s: float = 0.0
@@ -171,6 +172,7 @@ class Stats:
             "generation_tps": round(decode.tokens_per_second, 3),
             "time_to_first_token_s": round(self.time_to_first_token_s, 4),
             "load_s": round(self.load_s, 4),
+            "start_limit_s": self.start_limit(self.prefill),
             "peak_memory_bytes": self.peak_memory_bytes,
             "runtime_bytes": self.runtime_bytes,
             "budget_bytes": self.budget_bytes,

@@ -17,7 +17,7 @@ def stats_line(stats: dict[str, Any]) -> str:
     parts = [
         f"{stats['generation_tokens']} tokens, {stats['generation_tps']:.1f} tok/s",
         f"prompt {stats['prompt_tokens']} tokens, {stats['prompt_tps']:.1f} tok/s",
-        f"first token {stats['time_to_first_token_s']:.2f} s",
+        f"first token {stats['time_to_first_token_s']:.2f} s{start_part(stats)}",
         f"{format_bytes(int(stats['flash_bytes_per_token']))} from flash per token ({stats['read_mode']} reads)",
         f"hit rate {percent(stats['hit_rate'])}",
         *lookahead_parts(stats),
@@ -41,6 +41,12 @@ def lookahead_parts(stats: dict[str, Any]) -> list[str]:
     useful = stats["prefetch_useful"]
     state = "on" if stats["lookahead"]["on"] else "off"
     return [] if useful is None else [f"lookahead {state}, {percent(useful)} of it used"]
+
+
+def start_part(stats: dict[str, Any]) -> str:
+    """What loading and the prompt would take together at the drive's rate in order; nothing without a curve."""
+    limit, load = stats.get("start_limit_s"), stats.get("load_s", 0.0)
+    return "" if limit is None else f" (and {load:.1f} s loading; limit of both {limit:.1f} s)"
 
 
 def drive_parts(stats: dict[str, Any]) -> list[str]:

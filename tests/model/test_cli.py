@@ -28,6 +28,8 @@ JSON_KEYS = {
     "prompt_tps",
     "generation_tps",
     "time_to_first_token_s",
+    "start_limit_s",
+    "drive",
     "load_s",
     "peak_memory_bytes",
     "runtime_bytes",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from flashsparse.cli.report import drive_parts
-from flashsparse.drive import drive_rate
+from flashsparse.cli.report import drive_parts, start_part
+from flashsparse.drive import START_S, drive_rate, start_limit
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve
 from flashsparse.stats import Counters
 
@@ -36,3 +36,11 @@ def test_without_a_curve_there_is_a_rate_and_no_judgement() -> None:
     for curve, mode in ((None, "direct"), (CURVE, "buffered")):
         found = drive_rate(cost(1e8), curve, mode)
         assert found is not None and found.expected is None and found.note is None
+
+
+def test_the_first_token_at_the_rate_in_order() -> None:
+    limit = start_limit(4_000_000_000, Counters(needed_bytes=1_000_000_000), CURVE)
+    assert limit == pytest.approx(1 + START_S)
+    assert start_limit(1, Counters(), None) is None
+    assert start_part({"start_limit_s": limit, "load_s": 2.5}) == " (and 2.5 s loading; limit of both 3.0 s)"
+    assert start_part({"start_limit_s": None, "load_s": 2.5}) == ""
