@@ -71,8 +71,9 @@ def load(
         slots: slots per layer instead of what the budget buys (for tests and measurements).
         layers: "native" runs whole decoder layers in native code, "modules" mlx-lm's model with our parts in it (what
             the reference kernels take part in); "auto" is native where the kernels are.
-        lookahead: "on" starts a layer's reads before its attention, from the state that enters it; "auto" does when
-            that measures faster, "off" never. Results are the same.
+        lookahead: "on" starts a layer's reads before its attention, from a state before it; "auto" does when that
+            measures faster, "off" never; "token" (Metal) plans all layers at once and reads back once a token. Results
+            are the same.
         tier: "dense" runs a pack of tier predict without its predictor: every layer streamed, the dense model's result.
 
     Raises:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from flashsparse.pack.manifest import Manifest
 
 READ_MODES = ("auto", "direct", "buffered")
-LOOKAHEAD = ("auto", "on", "off")
+LOOKAHEAD = ("auto", "on", "off", "token")
 MAX_THREADS = 1024
 MAX_SLOTS = 1 << 24
 
@@ -52,8 +52,8 @@ class LoadOptions:
         if lookahead not in LOOKAHEAD:
             raise UsageError(f"lookahead: {shown(lookahead)} is not one of {', '.join(LOOKAHEAD)}")
         kernels = resolve(kernels, layers)
-        if lookahead == "on" and kernels == "metal":
-            raise UsageError("lookahead: 'on' is for the native kernels; on Metal a hint costs more than it saves")
+        if lookahead == "token" and kernels != "metal":
+            raise UsageError(f"lookahead: 'token' saves read-backs from a GPU, kernels {kernels!r} have none; use 'on'")
         self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
         self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
         self.threads = (
@@ -63,7 +63,7 @@ class LoadOptions:
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
         self.native_layers = layers != "modules" and kernels == "native"
-        self.lookahead = "off" if kernels == "metal" else lookahead
+        self.lookahead = lookahead
 
     def tier_of(self, manifest: Manifest) -> str:
         """The tier to run a pack in. Raises UsageError."""

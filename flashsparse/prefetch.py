@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flashsparse.weights import Buffer
 
 MOST = 0.25  # of a layer's slots are reserved for reads ahead
+ALWAYS = ("on", "token")  # modes that compare nothing
 TRIAL = 8  # tokens at first that take turns, with hints and without; and how many of each are compared later
 AGAIN = 16  # every so many tokens one goes the other way, so that the comparison stays true
 
@@ -55,7 +56,7 @@ class Norm:
 
 
 class Switch:
-    """Whether the engine's layers take hints: `mode` is auto, on or off.
+    """Whether the engine's layers take hints: `mode` is auto, on, off or (the GPU's) token.
 
     "auto" compares what a token costs with hints and without, in seconds inside the layers (waiting for reads, hints,
     computing): the medians of the last TRIAL tokens of each. One token in AGAIN goes the other way.
@@ -64,7 +65,7 @@ class Switch:
     def __init__(self, mode: str, counters: Counters) -> None:
         self.mode, self._counters = mode, counters
         self._costs: dict[bool, deque[float]] = {True: deque(maxlen=TRIAL), False: deque(maxlen=TRIAL)}
-        self._on = mode == "on"
+        self._on = mode in ALWAYS
         self._tokens = 0
         self._at = counters.copy()
 
@@ -79,7 +80,7 @@ class Switch:
     def pays(self) -> bool:
         """What the comparison says so far; without one, hints are off unless asked for."""
         with_hints, without = self._typical(True), self._typical(False)
-        return self.mode == "on" or (with_hints is not None and without is not None and with_hints < without)
+        return self.mode in ALWAYS or (with_hints is not None and without is not None and with_hints < without)
 
     def _typical(self, on: bool) -> float | None:
         return median(self._costs[on]) if self._costs[on] else None
@@ -161,8 +162,12 @@ class Prefetch:
     def start(self, h: np.ndarray) -> None:
         """Start reading what the residual stream h [1, d] before the layer's attention suggests."""
         began = time.perf_counter()
+        self.begin(*self.chooser.guess(self.norm(h)))
+        self.counters.hint_s += time.perf_counter() - began
+
+    def begin(self, scores: np.ndarray, least: float) -> None:
+        """Start reading what scores [I] at least `least`, the likeliest first, after whatever is in flight."""
         self.finish()
-        scores, least = self.chooser.guess(self.norm(h))
         named = np.flatnonzero(scores >= least).astype(np.int32)
         absent = self.table.absent(named)
         new, held = named[absent], named[~absent]
@@ -172,7 +177,6 @@ class Prefetch:
             new = np.sort(new[np.argsort(scores[new])[-room:]])
         if len(new) and room > 0:
             self._read(self.table.reserve(new, held), np.argsort(-scores[new]))
-        self.counters.hint_s += time.perf_counter() - began
 
     def claim(self, ids: np.ndarray) -> Ahead | None:
         """The reads in flight, for a round of `ids`; None when there are none, or none that leave room for it."""

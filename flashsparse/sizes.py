@@ -30,7 +30,9 @@ KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
 LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
 PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
 FLOOR_SLOTS = 64
-LIST_BYTES = 44  # of the lists that a GPU reads, for each record in them (flashsparse.metal.places)
+NAMED_BYTES = 12  # its slot, its score as a hint, its place in a list, on a GPU (flashsparse.metal.walk)
+LIST_BYTES = 48  # of the lists that a GPU reads, for each record in them (flashsparse.metal.places)
+LOOKUP_BYTES = 64  # for each record of a layer that finds its records on the GPU, meanwhile (metal_kernels.select)
 SEGMENTS = 16  # of the sums on a GPU (metal_kernels.sparse_ffn)
 
 
@@ -76,7 +78,7 @@ class Sizes:
             "max_kv_size": max_kv_size,
             "context_limit": int(m.config["max_position_embeddings"]),
             "overhead": PROCESS_BYTES
-            + (LAYER_BYTES + (RECORD_BYTES * m.intermediate_size if floor else 0)) * m.layers
+            + (LAYER_BYTES + (self._record_bytes() * m.intermediate_size if floor else 0)) * m.layers
             + THREAD_BYTES * (self.io_threads + self.threads)
             + self.staging_bytes() * self.io_threads
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
@@ -93,6 +95,10 @@ class Sizes:
         """Of each read thread, for requests that bring several records: little where a layer is small."""
         share = self._layer_bytes() // STAGING_SHARE // 4096 * 4096
         return min(max(share, 16 << 10), STAGING_BYTES)
+
+    def _record_bytes(self) -> int:
+        """For each record of a layer with slots: its slot; on a GPU that again, and what it takes to name it."""
+        return RECORD_BYTES + (NAMED_BYTES if self.unified else 0)
 
     def begun_bytes(self) -> int:
         """What the read pool may have taken before anything else is allocated; a part of the plan's overhead."""
@@ -149,6 +155,7 @@ class Sizes:
             return 0
         m = self.manifest
         lists = 2 * LIST_BYTES * min(m.intermediate_size, tile_bytes // m.record.bytes + 1)
+        lists += LOOKUP_BYTES * m.intermediate_size
         choice = m.prefill_chunk * (2 * m.intermediate_size + m.intermediate_size // 4) + 8 * m.intermediate_size
         return lists + choice + 12 * self.hidden_floats() + 2 * 4 * SEGMENTS * m.prefill_chunk * m.hidden_size
 

@@ -24,7 +24,7 @@ class Counters:
     (`prefetch_used` of the `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s`
     are spent on naming and starting reads ahead, `overlap_s` on computing hits while misses were read. `readbacks` are
     the host's waits for the GPU. `reading_s` are seconds in which a read was in flight, `in_flight_s` those of all
-    reads together.
+    reads together. `resumed` counts tokens that were planned whole and had to be computed again in part.
     """
 
     tokens: int = 0
@@ -54,6 +54,7 @@ class Counters:
     overlap_s: float = 0.0
     reading_s: float = 0.0
     in_flight_s: float = 0.0
+    resumed: int = 0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))

@@ -40,6 +40,11 @@ def _ints(*values: int) -> mx.array:
 
 
 @cache
+def _long(value: int) -> mx.array:
+    return mx.array([value], mx.int64)
+
+
+@cache
 def _float(value: float) -> mx.array:
     return mx.array([value], mx.float32)
 
@@ -207,7 +212,7 @@ def lookup(
     names = ("offsets", "hit_offsets", "hit_cols", "miss_ids", "miss_cols", "totals")
     built = kernel("lookup", ("ids", "count", "slot_of", "begin", "slot_bytes"), names, ("scan",))
     made = built(
-        inputs=[ids, count, slot_of, begin, mx.array([slot_bytes], mx.int64)],
+        inputs=[ids, count, slot_of, begin, _long(slot_bytes)],
         output_shapes=[(n,)] * 5 + [(2,)],
         output_dtypes=[mx.int64, mx.int64, mx.int32, mx.int32, mx.int32, mx.int32],
         grid=(THREADS, 1, 1),

@@ -19,6 +19,8 @@ about half of the arithmetic of an M1's 8 cores at its bandwidth.
 
 from __future__ import annotations
 
+from functools import cache
+
 import mlx.core as mx
 
 from metal_kernels.launch import SIMD, kernel
@@ -157,9 +159,14 @@ def segment_bounds(ids: mx.array, count: mx.array, records: int, segments: int =
 
     Only the first count [1] ids are looked at. Computed where the ids are, so that they need not be read back.
     """
-    edges = mx.array([s * records // segments for s in range(segments)] + [records], mx.int32)
+    edges = _edges(records, segments)
     listed = mx.arange(ids.shape[0]) < count
     return ((ids[None] < edges[:, None]) & listed[None]).sum(axis=1).astype(mx.int32)
+
+
+@cache
+def _edges(records: int, segments: int) -> mx.array:
+    return mx.array([s * records // segments for s in range(segments)] + [records], mx.int32)
 
 
 def _tile(tokens: int) -> int:

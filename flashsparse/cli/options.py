@@ -72,9 +72,10 @@ def memory_options(
         ),
         click.option(
             "--lookahead",
-            type=click.Choice(["auto", "on", "off"]),
+            type=click.Choice(["auto", "on", "off", "token"]),
             default="auto",
-            help="Start a layer's reads under its attention; auto does while that measures faster.",
+            help="Start a layer's reads under its attention; auto does while that measures faster; "
+            "token (Metal) plans all layers of a token at once.",
         ),
         click.option(
             "--kernels",

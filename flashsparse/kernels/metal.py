@@ -15,6 +15,7 @@ import numpy as np
 
 from flashsparse.metal.refills import Timeline
 from flashsparse.metal.shared import TYPES, Views
+from flashsparse.metal.walk import Walk
 from metal_kernels.records import Record
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ class MetalKernels:
     name = "metal"
 
     def __init__(self, manifest: Manifest, counters: Counters) -> None:
-        self.manifest = manifest
+        self.manifest, self.counters = manifest, counters
         self.record = record_of(manifest)
-        self.timeline = Timeline(counters)
+        self.timeline, self.walk = Timeline(counters), Walk()
         self.views = Views()
         self._stored: dict[str, Matrix] = {}
         self._products: dict[str, Matrix] = {}
@@ -118,6 +119,7 @@ class MetalKernels:
 
     def close(self) -> None:
         """Let go of the weights."""
+        self.walk.layers = ()
         self._stored.clear()
         self._products.clear()
         self.views.clear()

@@ -1,11 +1,9 @@
-"""Puts the layers of an engine on the GPU together: what `flashsparse.assembly` does, with MLX's memory and choosers.
-
-Leaves out lookahead: a hint would cost a second read-back in each layer.
-"""
+"""Puts the layers of an engine on the GPU together: `flashsparse.assembly` with MLX's memory and choosers."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +25,15 @@ from flashsparse.metal.choice import (
 )
 from flashsparse.metal.ffn import MetalFFN, MetalScratch
 from flashsparse.metal.places import Place
+from flashsparse.metal.prefetch import MetalPrefetch, Norm
 from flashsparse.metal.refills import Refills
-from flashsparse.models.tensors import scoring_name
+from flashsparse.metal.walk import Lookup
+from flashsparse.models.tensors import ffn_norm_name, scoring_name
 from metal_kernels.candidates import CompactCopy
 from metal_kernels.value import Copy
 
 if TYPE_CHECKING:
     from flashsparse.choice import Chooser
-    from flashsparse.prefetch import Prefetch
     from flashsparse.sizes import Sizes
     from flashsparse.stats import Counters
 
@@ -72,10 +71,45 @@ class MetalAssembly(Assembly):
             slots = ffn.table.slots
             refills = Refills(self.metal.timeline, slots)
             ffn.place = Place(self.metal, ffn.slab, slots, self.pack.manifest.intermediate_size, refills)
+            if ffn.lookahead is not None:
+                ffn.prefetch.refills = refills
         return ffn
 
-    def _lookahead(self, ffn: StreamedFFN) -> Prefetch | None:
-        return None
+    def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
+        made = super().layers(sizes, tile_bytes, counters)
+        layers = [ffn for ffn in made if isinstance(ffn, MetalFFN)]
+        if self.switch.mode == "token" and self._plan(layers):
+            return made
+        for ffn, after in pairwise(each for each in layers if _reads_back(each)):
+            if after.lookahead is not None:
+                ffn.named_here = (after,)
+        return made
+
+    def _plan(self, layers: list[MetalFFN]) -> bool:
+        """Have the first layer that reads back a list plan all later ones, if each of those can go without one."""
+        first = next((i for i, ffn in enumerate(layers) if _reads_back(ffn)), len(layers))
+        later = layers[first + 1 :]
+        if not later or any(ffn.lookahead is None for ffn in later):
+            return False
+        for ffn in later:
+            assert ffn.place is not None and ffn.table is not None
+            ffn.lookup = Lookup(ffn.place, ffn.table, ffn.slot_bytes)
+        layers[first].named_here = self.metal.walk.layers = tuple(later)
+        return True
+
+    def _lookahead(self, ffn: StreamedFFN) -> MetalPrefetch | None:
+        """None where hints are off, where nothing is chosen, and where the FFN's input is not the normalized stream."""
+        m = self.pack.manifest
+        base = ffn_norm_name(m.family, m.config, ffn.layer)
+        if self.switch.mode == "off" or base is None or not _reads_back(ffn):
+            return None
+        weight, bias = (vector(self.store.vector(f"{base}.{part}")) for part in ("weight", "bias"))
+        assert weight is not None and ffn.table is not None and ffn.slab is not None
+        norm: Any = Norm(weight, bias, m.config.get("rms_norm_eps", 1e-5), layer="rms_norm_eps" not in m.config)
+        guess: Any = ffn.chooser
+        return MetalPrefetch(
+            ffn.table, ffn.slab, ffn.slot_bytes, ffn.flash, self.pool, guess, norm, self.switch, ffn.counters
+        )
 
     def _choosers(self) -> list[Any]:
         for store in self.pack.stores:
@@ -136,3 +170,9 @@ class MetalAssembly(Assembly):
         kept = self.metal.stored(self.predictors.weight(base))
         assert kept.scales is not None and kept.biases is not None
         return Copy(kept.data, kept.scales, kept.biases, kept.bits, vector(self.predictors.vector(f"{base}.bias")))
+
+
+def _reads_back(ffn: StreamedFFN) -> bool:
+    """Whether a layer's list is made on the GPU."""
+    chooser: Any = ffn.chooser
+    return not isinstance(chooser, Everything)

@@ -1,7 +1,8 @@
 """Which neurons a layer computes, worked out on the GPU: `flashsparse.choice` for arrays that stay there.
 
 A choice costs one read-back: the list of neurons and its length, which the host needs to look up slots and to read.
-Scores come from `metal_kernels`, from MLX's products for low-rank predictors.
+Hints for later layers come back with it (`guess`); a token that is planned whole has no choices (`named`). Scores come
+from `metal_kernels`, from MLX's products for low-rank predictors.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ class MetalChoice:
         return tokens * len(self.ids) if self.mask is None else int(np.count_nonzero(self.mask))
 
 
+@dataclass
+class Named:
+    """What a chooser names, on the GPU. bits: uint32 [T, words]; activated float32 [T, I], exact gates.
+
+    `masked`: tokens leave out what others need.
+    """
+
+    bits: mx.array
+    activated: mx.array | None = None
+    masked: bool = True
+
+
 class MetalChooser(Protocol):
     """One layer's."""
 
@@ -53,6 +66,19 @@ class MetalChooser(Protocol):
 
     def whole(self, x: mx.array) -> MetalChoice:
         """What gives the dense model's result."""
+
+
+class Reading(MetalChooser, Protocol):
+    """A chooser whose list is made on the GPU and read back."""
+
+    def named(self, x: mx.array) -> Named:
+        """What `choose` reads back."""
+
+    def guess(self, x: mx.array) -> mx.array:
+        """For a state x [1, d] near the layer's input: what `likely` takes, once read back. Decides nothing."""
+
+    def likely(self, guessed: np.ndarray) -> tuple[np.ndarray, float]:
+        """Scores [I], and the score from which on a neuron is likely to be needed."""
 
 
 @dataclass
@@ -67,14 +93,22 @@ class Everything:
     whole = choose
 
 
-def listed(timeline: Timeline, bits: mx.array, records: int, activated: mx.array | None, masked: bool) -> MetalChoice:
-    """The choice that bits [T, words] stand for, read back. `masked`: tokens leave out what others need."""
+def listed(timeline: Timeline, named: Named, records: int) -> MetalChoice:
+    """The choice that was named, read back."""
+    bits = named.bits
     ids, count, kept = select.compact(bits, records)
     several = bits.shape[0] > 1
     timeline.wait(ids, count, *([bits] if several else []))
     found = np.array(ids, copy=False)[: int(np.array(count, copy=False)[0])]
     words = np.array(bits, copy=False) if several else None
-    return MetalChoice(found, records, activated, kept if several and masked else None, words)
+    return MetalChoice(found, records, named.activated, kept if several and named.masked else None, words)
+
+
+def ranked(scores: np.ndarray, threshold: float, k: int | None) -> tuple[np.ndarray, float]:
+    """Scores [I], and the one that selects."""
+    if k is None:
+        return scores, threshold
+    return scores, max(threshold, float(np.partition(scores, -k)[-k]))
 
 
 @dataclass
@@ -87,10 +121,19 @@ class Gate:
     records: int
 
     def choose(self, x: mx.array) -> MetalChoice:
-        activated, bits = self.activated(x)
-        return listed(self.kernels.timeline, bits, self.records, activated, masked=False)
+        return listed(self.kernels.timeline, self.named(x), self.records)
 
     whole = choose
+
+    def named(self, x: mx.array) -> Named:
+        activated, bits = self.activated(x)
+        return Named(bits, activated, masked=False)
+
+    def guess(self, x: mx.array) -> mx.array:
+        return mx.abs(self.activated(x)[0])
+
+    def likely(self, guessed: np.ndarray) -> tuple[np.ndarray, float]:
+        return guessed[0], float(np.finfo(np.float32).smallest_subnormal)
 
     def activated(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """Activated gates [T, I] and the bits of those that are not zero."""
@@ -117,10 +160,19 @@ class Search:
     records: int
 
     def choose(self, x: mx.array) -> MetalChoice:
-        bits = candidates.candidates(self.copy, x, self.param)
-        return listed(self.kernels.timeline, bits, self.records, None, masked=True)
+        return listed(self.kernels.timeline, self.named(x), self.records)
 
     whole = choose
+
+    def named(self, x: mx.array) -> Named:
+        return Named(self.guess(x))
+
+    def guess(self, x: mx.array) -> mx.array:
+        return candidates.candidates(self.copy, x, self.param)
+
+    def likely(self, guessed: np.ndarray) -> tuple[np.ndarray, float]:
+        """1 for those that cannot be excluded, else 0."""
+        return np.unpackbits(guessed.view(np.uint8), bitorder="little")[: self.records].astype(np.float32), 1.0
 
 
 # x [T, d] and a threshold -> scores float32 [T, I], and the bits of those not below it
@@ -138,15 +190,20 @@ class Predict:
     records: int
 
     def choose(self, x: mx.array) -> MetalChoice:
-        return listed(self.kernels.timeline, self.bits(x), self.records, None, masked=True)
+        return listed(self.kernels.timeline, self.named(x), self.records)
 
     def whole(self, x: mx.array) -> MetalChoice:
         return Everything(self.records).choose(x)
 
-    def bits(self, x: mx.array) -> mx.array:
-        """uint32 [T, words]: the neurons selected."""
+    def named(self, x: mx.array) -> Named:
         scores, bits = self.score(x, self.threshold)
-        return bits if self.k is None else select.topk(scores, self.k, self.threshold)
+        return Named(bits if self.k is None else select.topk(scores, self.k, self.threshold))
+
+    def guess(self, x: mx.array) -> mx.array:
+        return self.score(x, self.threshold)[0]
+
+    def likely(self, guessed: np.ndarray) -> tuple[np.ndarray, float]:
+        return ranked(guessed[0], self.threshold, self.k)
 
 
 @dataclass
@@ -162,13 +219,24 @@ class PredictGate:
     magnitude: bool
 
     def choose(self, x: mx.array) -> MetalChoice:
-        activated, active = self.gate.activated(x)
-        scores = mx.abs(activated) if self.magnitude else self.kernels.linear(self.product, self.gate.bias, x)
-        kept = select.topk(scores, self.k or self.gate.records, self.threshold)
-        return listed(self.kernels.timeline, kept & active, self.gate.records, activated, masked=True)
+        return listed(self.kernels.timeline, self.named(x), self.gate.records)
 
     def whole(self, x: mx.array) -> MetalChoice:
         return self.gate.whole(x)
+
+    def named(self, x: mx.array) -> Named:
+        activated, active = self.gate.activated(x)
+        scores = self._scores(x, activated)
+        return Named(select.topk(scores, self.k or self.gate.records, self.threshold) & active, activated)
+
+    def guess(self, x: mx.array) -> mx.array:
+        return self._scores(x, self.gate.activated(x)[0] if self.magnitude else x)
+
+    def likely(self, guessed: np.ndarray) -> tuple[np.ndarray, float]:
+        return ranked(guessed[0], self.threshold, self.k)
+
+    def _scores(self, x: mx.array, activated: mx.array) -> mx.array:
+        return mx.abs(activated) if self.magnitude else self.kernels.linear(self.product, self.gate.bias, x)
 
 
 def by_copy(gate: value.Copy, magnitude: bool) -> Scorer:

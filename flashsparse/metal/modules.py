@@ -14,13 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from flashsparse.kernels.metal import attention_dtype, vector
-from flashsparse.models.modules import Parts
+from flashsparse.models.modules import Heads, Parts
 
 if TYPE_CHECKING:
     from flashsparse.ffn import StreamedFFN
     from flashsparse.kernels.metal import Matrix, MetalKernels
     from flashsparse.kvcache import KVCache
     from flashsparse.metal.kvcache import MetalKVCache
+    from flashsparse.metal.walk import Walk
     from flashsparse.weights import Weight
 
 
@@ -49,23 +50,19 @@ class Embedding:
         return rows if self.scale == 1.0 else rows * self.scale
 
 
-@dataclass(eq=False)
-class Attention:
-    """Causal self-attention over a MetalKVCache, by MLX's kernels. Fields as in `flashsparse.models.modules`."""
-
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rope: Callable[..., mx.array] | None = None
-    window: int = 0
-    scale: float = 1.0
+class Attention(Heads):
+    """Causal self-attention over a MetalKVCache, by MLX's kernels."""
 
     def __call__(self, x: mx.array, mask: Any = None, cache: MetalKVCache | None = None) -> mx.array:
         assert cache is not None
+        walk: Walk = self.q.kernels.walk
+        made = walk.replayed()
+        if made is None:
+            return walk.keep(self._attend(x, cache))
+        cache.offset += x.shape[1]
+        return made
+
+    def _attend(self, x: mx.array, cache: MetalKVCache) -> mx.array:
         start, count = cache.offset, x.shape[1]
         q, k = self._rotated(self.q(x), self.heads, start), self._rotated(self.k(x), self.kv_heads, start)
         keys, values = cache.extend(k, self._split(self.v(x), self.kv_heads))
@@ -103,12 +100,39 @@ class Attention:
 class FFN:
     """The streamed FFN as a module; `scale` multiplies what is added to the residual."""
 
+    kernels: MetalKernels
     streamed: Any
     scale: float
 
     def __call__(self, x: mx.array) -> mx.array:
-        y: mx.array = self.streamed(x[0])[None]
-        return y if self.scale == 1.0 else y * self.scale
+        walk = self.kernels.walk
+        made = walk.replayed()
+        if made is None:
+            made = walk.keep(self.streamed(x[0])[None])
+        return made if self.scale == 1.0 else made * self.scale
+
+
+@dataclass(eq=False)
+class Noting:
+    """The norm before a layer's FFN; notes the residual stream of a single token, which later layers' hints go by."""
+
+    norm: Callable[[mx.array], mx.array]
+    streamed: Any
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.streamed.state = x[0] if x.shape[1] == 1 else None
+        return self.norm(x)
+
+
+@dataclass
+class Told:
+    """Hidden states [T, d] whose logits [T, V] were read back with them."""
+
+    hidden: mx.array
+    logits: np.ndarray
+
+    def __getitem__(self, rows: slice) -> Told:
+        return Told(self.hidden[rows], self.logits[rows])
 
 
 @dataclass(eq=False)
@@ -121,7 +145,9 @@ class Decoder:
     divisor: float
 
     def forward(self, ids: np.ndarray, caches: list[KVCache]) -> Any:
-        """As in Decoder. Those of one token are late: `logits` waits for them."""
+        """As in Decoder. Those of one token are late: `logits` waits for them; or come with their logits (`Told`)."""
+        if len(ids) == 1 and self.kernels.walk.wanted:
+            return self._at_once(ids, caches)
         hidden = self.inner(mx.array(ids)[None], caches)[0]
         if len(ids) > 1:
             self.kernels.timeline.finish(hidden)
@@ -129,9 +155,33 @@ class Decoder:
 
     def logits(self, hidden: Any) -> np.ndarray:
         """As in Decoder."""
-        made = self.head(hidden if self.divisor == 1.0 else hidden / self.divisor)
+        if isinstance(hidden, Told):
+            return hidden.logits
+        made = self._head(hidden)
         self.kernels.timeline.finish(made)
         return np.array(made)
+
+    def _head(self, hidden: mx.array) -> mx.array:
+        return self.head(hidden if self.divisor == 1.0 else hidden / self.divisor)
+
+    def _at_once(self, ids: np.ndarray, caches: list[KVCache]) -> Told:
+        """A token that is planned whole (`flashsparse.metal.walk`). Keys and values of a second pass go where the first
+        one's were."""
+        kernels, start = self.kernels, caches[0].offset
+        with kernels.walk.begun():
+            told = self._told(ids, caches)
+            if not kernels.walk.verify():
+                kernels.counters.resumed += 1
+                for cache in caches:
+                    cache.offset = start
+                told = self._told(ids, caches)
+        return told
+
+    def _told(self, ids: np.ndarray, caches: list[KVCache]) -> Told:
+        hidden = self.inner(mx.array(ids)[None], caches)[0]
+        made = self._head(hidden)
+        self.kernels.timeline.finish(made)
+        return Told(hidden, np.array(made))
 
 
 class MetalParts(Parts):
@@ -146,8 +196,14 @@ class MetalParts(Parts):
     def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Attention:
         return Attention(q, k, v, o, heads, kv_heads, head_dim)
 
+    def first_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
+        return norm
+
+    def second_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
+        return Noting(norm, streamed)
+
     def ffn(self, streamed: StreamedFFN, scale: float = 1.0) -> FFN:
-        return FFN(streamed, scale)
+        return FFN(self.kernels, streamed, scale)
 
     def decoder(self, inner: Callable[..., mx.array], head: Any, divisor: float = 1.0) -> Decoder:
         return Decoder(self.kernels, inner, head, divisor)

@@ -26,6 +26,7 @@ class Timeline:
         self._counters = counters
         self._issued = self._passed = 0
         self._fired: list[mx.array] = []
+        self._beside: list[mx.array] = []
 
     def issue(self) -> int:
         """The number of an output that was not evaluated yet."""
@@ -33,9 +34,14 @@ class Timeline:
         return self._issued
 
     def wait(self, *arrays: mx.array) -> None:
-        """Wait until `arrays` are evaluated."""
-        mx.eval(*arrays)
+        """Wait until `arrays` are evaluated, and what was to come beside them."""
+        beside, self._beside = self._beside, []
+        mx.eval(*arrays, *beside)
         self._counters.readbacks += 1
+
+    def beside(self, *arrays: mx.array) -> None:
+        """Read `arrays` back with whatever is waited for next."""
+        self._beside += arrays
 
     def later(self, fired: mx.array) -> None:
         """Add this number to the counter `fired` at the next `finish`."""

@@ -13,7 +13,7 @@ from mlx_lm.models import llama
 
 from flashsparse.ffn import StreamedFFN
 from flashsparse.models.decoder import Decoder
-from flashsparse.models.modules import Hinting, Parts, norm
+from flashsparse.models.modules import Parts, norm
 from flashsparse.weights import ResidentStore
 
 
@@ -29,8 +29,9 @@ def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list
         layer.self_attn.scale = scale
         layer.mlp = parts.ffn(ffns[index], scale)
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
-        layer.input_layernorm = Hinting(layer.input_layernorm, ffns[index])
+        layer.input_layernorm = parts.first_norm(layer.input_layernorm, ffns[index])
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
+        layer.post_attention_layernorm = parts.second_norm(layer.post_attention_layernorm, ffns[index])
     norm(model.model.norm, store, "model.norm")
     embedding = store.weight("model.embed_tokens")
     model.model.embed_tokens = parts.embedding(embedding, config.get("embedding_multiplier", 1.0))

@@ -63,24 +63,29 @@ class Embedding:
 
 
 @dataclass(eq=False)
-class Attention:
-    """Causal self-attention over a KVCache: mlx-lm's rotary embedding, our products; `window` 0 means no window.
+class Heads:
+    """What attention is made of: four products, mlx-lm's rotary embedding, `window` (0: none).
 
-    Causality and the window are the kernel's, so the mask that mlx-lm's model passes is not needed. `scale` multiplies
-    what is added to the residual.
+    `scale` multiplies what is added to the residual.
     """
 
-    kernels: Kernels
-    q: Linear
-    k: Linear
-    v: Linear
-    o: Linear
+    q: Any
+    k: Any
+    v: Any
+    o: Any
     heads: int
     kv_heads: int
     head_dim: int
     rope: Callable[..., mx.array] | None = None
     window: int = 0
     scale: float = 1.0
+
+
+class Attention(Heads):
+    """Causal self-attention over a KVCache: mlx-lm's rotary embedding, our products.
+
+    Causality and the window are the kernel's, so the mask that mlx-lm's model passes is not needed.
+    """
 
     def __call__(self, x: mx.array, mask: Any = None, cache: KVCache | None = None) -> mx.array:
         assert cache is not None
@@ -90,7 +95,8 @@ class Attention:
         v = self.v.numpy(rows).reshape(-1, self.kv_heads, self.head_dim)
         cache.append(k, v)
         out = np.empty_like(q)
-        self.kernels.attention(q, cache, self.window, self.head_dim**-0.5, out)
+        kernels: Kernels = self.q.kernels
+        kernels.attention(q, cache, self.window, self.head_dim**-0.5, out)
         return mx.array(_scaled(self.o.numpy(out.reshape(rows.shape[0], -1)), self.scale))[None]
 
     def _rotated(self, x: np.ndarray, heads: int, offset: int) -> np.ndarray:
@@ -157,7 +163,15 @@ class Parts:
 
     def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Any:
         """Without rotation, window and scale, which are the caller's to set."""
-        return Attention(self.kernels, q, k, v, o, heads, kv_heads, head_dim)
+        return Attention(q, k, v, o, heads, kv_heads, head_dim)
+
+    def first_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
+        """The norm before a layer's attention."""
+        return Hinting(norm, streamed)
+
+    def second_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
+        """The norm before a layer's FFN."""
+        return norm
 
     def ffn(self, streamed: StreamedFFN, scale: float = 1.0) -> Any:
         return FFN(streamed, scale)

@@ -16,7 +16,7 @@ from mlx_lm.models.base import BaseModelArgs
 from flashsparse.ffn import StreamedFFN
 from flashsparse.kvcache import KVCache
 from flashsparse.models.decoder import Decoder
-from flashsparse.models.modules import Parts, hint, norm
+from flashsparse.models.modules import Parts, norm
 from flashsparse.weights import ResidentStore
 
 POSITION_OFFSET = 2  # rows 0 and 1 of the position table are padding
@@ -39,11 +39,10 @@ class DecoderLayer(nn.Module):
         self.norm_first = args.do_layer_norm_before
         self.self_attn = attention
         self.mlp = ffn
-        self.self_attn_layer_norm = nn.LayerNorm(args.hidden_size)
-        self.final_layer_norm = nn.LayerNorm(args.hidden_size)
+        self.self_attn_layer_norm: Any = nn.LayerNorm(args.hidden_size)
+        self.final_layer_norm: Any = nn.LayerNorm(args.hidden_size)
 
     def __call__(self, x: mx.array, cache: KVCache) -> mx.array:
-        hint(self.mlp.streamed, x)
         if self.norm_first:
             x = x + self.self_attn(self.self_attn_layer_norm(x), cache=cache)
             return x + self.mlp(self.final_layer_norm(x))
@@ -100,4 +99,6 @@ def _layer(args: ModelArgs, store: ResidentStore, parts: Parts, ffn: StreamedFFN
     layer = DecoderLayer(args, attention, parts.ffn(ffn))
     norm(layer.self_attn_layer_norm, store, f"{base}.self_attn_layer_norm")
     norm(layer.final_layer_norm, store, f"{base}.final_layer_norm")
+    layer.self_attn_layer_norm = parts.first_norm(layer.self_attn_layer_norm, ffn)
+    layer.final_layer_norm = parts.second_norm(layer.final_layer_norm, ffn)
     return layer

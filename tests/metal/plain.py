@@ -137,6 +137,25 @@ def _candidates(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array
     return [select.bits_reference(candidates.candidates_reference(copy, inputs["q"], limit - 1e-4))]
 
 
+def _lookup(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array]:
+    """What the kernel leaves undefined are places that exist here: other stand-ins compute them and drop the result."""
+    ids, slot_of, n = inputs["ids"], inputs["slot_of"], inputs["ids"].shape[0]
+    at = mx.arange(n)
+    listed = at < inputs["count"]
+    slots = mx.where(listed, mx.take(slot_of, mx.where(listed, ids, 0)), -1)
+    hit, missed = listed & (slots >= 0), listed & (slots < 0)
+    places = mx.maximum(slots, 0)
+    offsets = places.astype(mx.int64) * inputs["slot_bytes"] + mx.take(inputs["begin"], places)
+    hit_cols, miss_cols = (mx.sort(mx.where(kept, at, n)) for kept in (hit, missed))
+    hits, misses = hit.sum(), missed.sum()
+    inside = mx.where(at < hits, hit_cols, hit_cols[0] % n)
+    totals = mx.stack([hits, misses]).astype(mx.int32)
+    miss_ids = mx.take(ids, mx.minimum(miss_cols, n - 1))
+    lists = [mx.where(hit, offsets, -1), mx.take(offsets, inside), hit_cols, miss_ids, miss_cols]
+    kinds = (mx.int64, mx.int64, mx.int32, mx.int32, mx.int32)
+    return [*(each.astype(kind) for each, kind in zip(lists, kinds, strict=True)), totals]
+
+
 KERNELS: dict[str, Callable[[Arrays, Arrays, Arrays], list[mx.array]]] = {
     "fs_sparse_ffn_hidden": _hidden,
     "fs_sparse_ffn_down": _down,
@@ -147,6 +166,7 @@ KERNELS: dict[str, Callable[[Arrays, Arrays, Arrays], list[mx.array]]] = {
     "fs_value": _value,
     "fs_topk": _topk,
     "fs_compact": _compact,
+    "fs_lookup": _lookup,
     "fs_candidates_round": _candidates_round,
     "fs_candidates": _candidates,
 }

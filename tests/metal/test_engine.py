@@ -51,6 +51,17 @@ def test_results_do_not_depend_on_slots(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy"])
+def test_results_do_not_depend_on_lookahead(kind: str, tmp_path: Path) -> None:
+    """Nor on whether a planned token stands: some do, some are computed again from the middle."""
+    pack = KINDS[kind](tmp_path)
+    expected, plain = run(pack, kernels="metal", slots=200, lookahead="off")
+    for mode in ("on", "token"):
+        found, counters = run(pack, kernels="metal", slots=200, lookahead=mode)
+        assert np.array_equal(found, expected)
+        assert counters.prefetch_used > 0 and counters.readbacks <= plain.readbacks
+
+
 @pytest.mark.parametrize("tier", ["exact", "predict"])
 def test_the_demo_model_writes_what_native_writes(tier: str, tmp_path: Path) -> None:
     pack = demo_pack(tier, tmp_path)

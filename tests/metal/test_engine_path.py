@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,34 +21,6 @@ from tests.metal.kinds import DECODED, KINDS, PROMPT, close, run
 from tests.vector_files import TOLERANCE, error
 
 LAYERS = 3
-
-
-@pytest.fixture
-def stand_in() -> Iterator[None]:
-    """On the CPU, also where there is a GPU: in float32."""
-    device = mx.default_device()
-    mx.set_default_device(mx.cpu)
-    with launch.stand_in(plain.metal_kernel):
-        yield
-    mx.set_default_device(device)
-
-
-@pytest.fixture(scope="module")
-def packs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("kinds")
-    return {name: KINDS[name](root / name) for name in ("exact", "compact", "gate-copy", "dense")}
-
-
-@pytest.fixture
-def debug(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checks of Python's development mode."""
-    made = Refills.__post_init__
-
-    def on(self: Refills) -> None:
-        made(self)
-        self.debug = True
-
-    monkeypatch.setattr(Refills, "__post_init__", on)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -215,9 +186,8 @@ def test_what_the_kernels_names_stand_for(packs: dict[str, Path], monkeypatch: p
 
 
 def test_what_the_gpu_does_not_do_is_refused(packs: dict[str, Path], stand_in: None) -> None:
-    for options in ({"lookahead": "on"}, {"layers": "native"}):
-        with pytest.raises(UsageError, match="native"):
-            flashsparse.load(packs["exact"], kernels="metal", **options)
+    with pytest.raises(UsageError, match="native"):
+        flashsparse.load(packs["exact"], kernels="metal", layers="native")
     with (
         flashsparse.load(packs["exact"], kernels="metal") as engine,
         pytest.raises(UsageError, match="kernels='native'"),
