@@ -98,11 +98,11 @@ int64_t rows_per_task(const Format& f, int64_t rows, int64_t tokens) {
     return round_up(between(4, 65536 / (f.data_bytes + 1), 1024), 4);
 }
 
-// Whole groups and cache lines; for one token a slice per thread, for many what leaves their sums in the L2 cache.
+// Whole groups and cache lines; for one token a slice per thread, which passes over all records once, for many what leaves their sums in the L2 cache.
 int64_t columns_per_task(const Format& f, int64_t n, int64_t tokens, int threads) {
     if (small(n, f.columns, tokens)) return f.columns;
     int64_t unit = f.group > 64 ? f.group : 64;
-    return round_up(tokens > 1 ? 256 : pieces(f.columns, 2 * threads), unit);
+    return round_up(tokens > 1 ? 256 : pieces(f.columns, threads), unit);
 }
 
 }  // namespace

@@ -289,8 +289,9 @@ struct EightGroups {
 // y += weights[0] * rows[0] + ..., one addition after the other, y exchanged; n columns, groups of 64 or 128.
 template <int group, int R>
 inline void add_nibbles(const Quantized* rows, const float* weights, int32_t dtype, int64_t n, float* y,
-                        const uint8_t* const* ahead) {
+                        const Quantized* next) {
     constexpr int columns = group * kGroups;
+    int64_t part = dtype == FS_F32 ? 4 : 2;
     EightGroups parts[R];
     V factor[R];
     for (int r = 0; r < R; r++) factor[r] = all(weights[r]);
@@ -298,7 +299,9 @@ inline void add_nibbles(const Quantized* rows, const float* weights, int32_t dty
         int64_t end = least(first + columns, n);
         for (int r = 0; r < R; r++) {
             parts[r].load_from(rows[r], dtype, first / group, int((end - first) / group));
-            prefetch_stretch<columns / 2>(ahead[r] + first / 2);
+            prefetch_stretch<columns / 2>(next[r].words + first / 2);
+            __builtin_prefetch(next[r].scales + first / group * part);
+            __builtin_prefetch(next[r].biases + first / group * part);
         }
         for (int64_t k = first; k < end; k += 64) {
             int64_t g = (k - first) / group;
@@ -329,17 +332,16 @@ void nibbles_one_token(const Down& job, int64_t begin, int64_t n, float* y) {
     Weighted now(job, &j), next = now;
     for (; now.count == 4; now = next) {
         next = Weighted(job, &j);
-        Quantized rows[4];
-        const uint8_t* ahead[4];
+        Quantized rows[4], ahead[4];
         for (int r = 0; r < 4; r++) {
             rows[r] = quantized_down(job, now.j[r], begin);
-            ahead[r] = quantized_down(job, next.j[r], begin).words;
+            ahead[r] = quantized_down(job, next.j[r], begin);
         }
         add_nibbles<group, 4>(rows, now.weights, job.format.scale_dtype, n, y, ahead);
     }
     for (int r = 0; r < now.count; r++) {
         Quantized row = quantized_down(job, now.j[r], begin);
-        add_nibbles<group, 1>(&row, now.weights + r, job.format.scale_dtype, n, y, &row.words);
+        add_nibbles<group, 1>(&row, now.weights + r, job.format.scale_dtype, n, y, &row);
     }
     exchange(y, n, true, job.y + begin);
 }
