@@ -117,6 +117,15 @@ class SlotTable:
         """
         self.native.settle(reservation.number, reservation.ids, reservation.slots, arrived, used)
 
+    def hold(self, on: bool) -> None:
+        """While on, no slot is filled that never was, but for a request that needs more records than were ever held."""
+        self.native.hold(on)
+
+    @property
+    def room(self) -> int:
+        """Slots that may be filled without need: all, but while held those that were."""
+        return self.native.touched if self.native.holding else self.slots
+
     def end_token(self) -> None:
         """A forward step is over. Call once per step: uses age with it."""
         self.native.end_step()

@@ -104,7 +104,7 @@ class Engine:
         self._pool: ReadPool | None = None
         self._kernels: Kernels | None = None
         self._judging: Judging | None = None
-        self._relief = macos.Relief()
+        self._relief = macos.Relief(self._hold)
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
         self.kernels = options.kernels
@@ -165,6 +165,7 @@ class Engine:
         if options.on_plan is not None:
             options.on_plan(self.plan)
         macos.wire(self.plan.budget)
+        self._relief.open()
         self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, tile)
         self.end_tokens = self._end_tokens()
@@ -259,6 +260,10 @@ class Engine:
             return SessionError("the engine is in the middle of a step of this thread; wait for its result")
         return SessionError("the engine is in use by another thread; one thread at a time may use it")
 
+    def _hold(self, on: bool) -> None:
+        for ffn in self._ffns:
+            ffn.hold(on)
+
     def peak_memory(self) -> int:
         """The process's peak footprint since loading began, in bytes (since its start where that cannot be reset)."""
         return memory.peak_footprint()
@@ -338,6 +343,7 @@ class Engine:
     def close(self) -> None:
         """Stop threads, close files, free the weights and the KV cache, after the step that another thread is in."""
         with self.exclusive():
+            self._relief.close()
             if self._session is not None:
                 self.release(self._session)
             if self._pool is not None:

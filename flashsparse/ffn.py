@@ -127,11 +127,16 @@ class StreamedFFN:
         assert self.lookahead is not None
         self.lookahead.start(h)
 
+    def hold(self, on: bool) -> None:
+        """While on, slots that were never filled stay empty; results do not depend on it."""
+        if self.table is not None:
+            self.table.hold(on)
+
     def _compute(self, choice: Choice, x: np.ndarray, y: np.ndarray) -> None:
         tokens = x.shape[0]
         self._count_choice(choice, tokens)
         hidden = partial(self._hidden, x, choice)
-        if self.table is None or self.dense or (tokens > 1 and len(choice.ids) > self.table.slots):
+        if self.table is None or self.dense or (tokens > 1 and len(choice.ids) > self.table.room):
             if self.lookahead is not None:
                 self.lookahead.drop()
             self._stream(choice.ids, x, y, hidden, self._keeping(choice, tokens))
@@ -149,7 +154,7 @@ class StreamedFFN:
     def _keeping(self, choice: Choice, tokens: int) -> Keeping | None:
         if self.table is None or self.slab is None or self.dense:
             return None
-        ids = likely_next(choice, tokens, self.table.slots)
+        ids = likely_next(choice, tokens, self.table.room)
         return Keeping(self.table, self.slab, self.slot_bytes, self.flash.record_bytes, ids)
 
     def _judge(self, judging: Judging, x: np.ndarray, y: np.ndarray) -> None:

@@ -6,11 +6,13 @@ in for it. Written from Apple's headers; none of it has been run on a Mac. MLX i
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -178,32 +180,131 @@ def state() -> dict[str, str | bool | None]:
     return {"pressure": pressure(), "heat": heat(), "napping": napping()} if here() else {}
 
 
-@dataclass
-class Relief:
-    """Stops growing under memory pressure, and drops nothing that is in use: MLX's cache of freed buffers goes.
+_EVERY_LEVEL = 0x01 | 0x02 | 0x04  # DISPATCH_MEMORYPRESSURE_NORMAL, _WARN, _CRITICAL of <dispatch/source.h>
+_HANDLER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)  # dispatch_function_t
 
-    Asked once a step; looks at macOS every `every` seconds. `times`: how often it gave something back.
+
+class Watch:
+    """The system's notifications of memory pressure, from a dispatch source (libdispatch) until `close`.
+
+    They come on a thread of the system's, which notes the level and does nothing else. Raises FlashSparseError where
+    there are none.
     """
 
+    def __init__(self) -> None:
+        system = library()
+        try:
+            kind = ctypes.addressof(ctypes.c_char.in_dll(system, "_dispatch_source_type_memorypressure"))
+            calls = {name: _typed(system, name, *types) for name, types in _DISPATCH.items()}
+        except (AttributeError, ValueError) as error:
+            raise FlashSparseError(f"no notifications of memory pressure: {error}") from error
+        self._start(calls, kind)
+
+    def _start(self, calls: dict[str, Callable[..., Any]], kind: int) -> None:
+        self._seen = seen = [pressure()]  # a source tells changes only
+        queue = calls["dispatch_queue_create"](b"flashsparse.pressure", None)
+        source = calls["dispatch_source_create"](kind, 0, _EVERY_LEVEL, queue)
+        if not source:
+            calls["dispatch_release"](queue)
+            raise FlashSparseError("no notifications of memory pressure: dispatch_source_create gave none")
+
+        def note(context: int | None) -> None:
+            seen[0] = LEVELS.get(calls["dispatch_source_get_data"](source), seen[0])
+
+        handler = _HANDLER(note)
+        calls["dispatch_source_set_event_handler_f"](source, handler)
+        calls["dispatch_resume"](source)
+        self.close = weakref.finalize(self, _end_watch, calls, source, queue, handler, os.getpid())
+
+    @property
+    def level(self) -> str | None:
+        """The last one told, of LEVELS."""
+        return self._seen[0]
+
+
+_POINTER, _NUMBER = ctypes.c_void_p, ctypes.c_size_t
+_DISPATCH: dict[str, tuple[Any, ...]] = {  # <dispatch/source.h>, queue.h and object.h: result, arguments
+    "dispatch_queue_create": (_POINTER, ctypes.c_char_p, _POINTER),
+    "dispatch_source_create": (_POINTER, _POINTER, _NUMBER, _NUMBER, _POINTER),
+    "dispatch_source_set_event_handler_f": (None, _POINTER, _HANDLER),
+    "dispatch_source_get_data": (_NUMBER, _POINTER),
+    "dispatch_resume": (None, _POINTER),
+    "dispatch_source_cancel": (None, _POINTER),
+    "dispatch_sync_f": (None, _POINTER, _POINTER, _HANDLER),
+    "dispatch_release": (None, _POINTER),
+}
+
+
+def _typed(system: Any, name: str, result: Any, *arguments: Any) -> Callable[..., Any]:
+    call: Any = getattr(system, name)
+    call.restype, call.argtypes = result, arguments
+    return call
+
+
+def _end_watch(calls: dict[str, Callable[..., Any]], source: int, queue: int, handler: Any, owner: int) -> None:
+    """Afterwards `handler`, which lives until then, does not run. A forked child leaves alone what is its parent's."""
+    if os.getpid() != owner:
+        return
+    calls["dispatch_source_cancel"](source)
+    calls["dispatch_sync_f"](queue, None, _HANDLER(lambda context: None))  # behind a handler that is running
+    calls["dispatch_release"](source)
+    calls["dispatch_release"](queue)
+
+
+@dataclass
+class Relief:
+    """Stops growing under memory pressure, and drops nothing that is in use.
+
+    MLX's cache of freed buffers goes, and `hold` is called with True, so that slots that were never filled stay empty;
+    with False when the pressure ends. Asked once a step. The system notifies (`Watch`) from `open` to `close`; where it
+    does not, it is asked every `every` seconds. `times`: how often pressure began.
+    """
+
+    hold: Callable[[bool], None] = lambda on: None
     every: float = 1.0
     times: int = 0
+    watch: Watch | None = None
     _next: float = 0.0
     _limit: int | None = None  # MLX's own limit, while ours holds
 
-    def step(self, level: Callable[[], str | None] = pressure, clock: Callable[[], float] = time.monotonic) -> None:
-        if not here() or clock() < self._next:
+    def open(self) -> None:
+        if here() and self.watch is None:
+            with contextlib.suppress(FlashSparseError):
+                self.watch = Watch()
+
+    def close(self) -> None:
+        watch, self.watch = self.watch, None
+        if watch is not None:
+            watch.close()
+        self._end()
+
+    def step(self, level: Callable[[], str | None] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        if not here():
+            return
+        if self.watch is None and clock() < self._next:
             return
         self._next = clock() + self.every
-        pressed = level() in ("warning", "critical")
-        if not pressed and self._limit is None:
+        found = level() if level is not None else self.watch.level if self.watch is not None else pressure()
+        if found in ("warning", "critical"):
+            self._begin()
+        else:
+            self._end()
+
+    def _begin(self) -> None:
+        if self._limit is not None:
             return
         import mlx.core as mx
 
-        if pressed:
-            before = mx.set_cache_limit(0)
-            self._limit = before if self._limit is None else self._limit
-            mx.clear_cache()
-            self.times += 1
-        elif self._limit is not None:
-            mx.set_cache_limit(self._limit)
-            self._limit = None
+        self._limit = mx.set_cache_limit(0)
+        mx.clear_cache()
+        self.hold(True)
+        self.times += 1
+
+    def _end(self) -> None:
+        if self._limit is None:
+            return
+        import mlx.core as mx
+
+        mx.set_cache_limit(self._limit)
+        self._limit = None
+        self.hold(False)

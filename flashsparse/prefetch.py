@@ -171,7 +171,7 @@ class Prefetch:
         named = np.flatnonzero(scores >= least).astype(np.int32)
         absent = self.table.absent(named)
         new, held = named[absent], named[~absent]
-        slots = self.table.slots
+        slots = self.table.room
         room = min(int(MOST * slots), slots - len(held)) if len(named) <= slots else 0  # in several rounds: no room
         if len(new) > room > 0:
             new = np.sort(new[np.argsort(scores[new])[-room:]])

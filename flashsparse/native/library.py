@@ -72,6 +72,7 @@ class CSlots(ctypes.Structure):
         *((name, c_void_p) for name in ("slot_of", "record_in", "recent", "lasting", "held", "keys", "victims")),
         *((name, c_int64) for name in ("records", "slots", "step", "epoch", "numbers")),
         *((name, c_int64) for name in ("round", "committed", "reservation", "waiting")),
+        *((name, c_int64) for name in ("touched", "holding")),
     ]
 
 

@@ -33,6 +33,18 @@ class Slots:
         self._c = CSlots(*(array.ctypes.data for array in arrays), records, slots)
         self._at = ctypes.addressof(self._c)
 
+    @property
+    def touched(self) -> int:
+        """Slots that were given to records so far; those beyond were never filled."""
+        return int(self._c.touched)
+
+    @property
+    def holding(self) -> bool:
+        return bool(self._c.holding)
+
+    def hold(self, on: bool) -> None:
+        self._c.holding = on
+
     def checked(self, ids: npt.ArrayLike) -> Ints:
         """`ids` as int32. Raises ValueError unless they are ascending, unique and below the number of records."""
         wanted = np.ascontiguousarray(ids, dtype=np.int32)

@@ -43,6 +43,26 @@ def test_output_is_the_same_bits_for_every_budget_thread_count_and_read_mode(
     assert np.array_equal(expected, run(path, slots=1))
 
 
+@pytest.mark.parametrize("lookahead", ["off", "on"])
+def test_held_slots_stay_empty_and_change_no_bits(pack: Path, lookahead: str) -> None:
+    expected = run(pack, slots=512)
+    with flashsparse.load(pack, slots=512, lookahead=lookahead) as engine, engine.session() as session:
+        tables = [ffn.table for ffn in engine._ffns if ffn.table is not None]
+        engine._hold(True)
+        rows = [session.logits(PROMPT)]
+        assert [table.native.touched for table in tables] == [0] * len(tables)  # the prompt streams
+        needed = []
+        engine.observe(lambda layer, ids: needed.append(len(ids)))
+        rows += [session.logits([token]) for token in STEPS]
+        for index, table in enumerate(tables):
+            assert table.native.touched == max(needed[index :: len(tables)]) < 512
+        most = max(needed)
+        engine._hold(False)
+        session.logits(PROMPT)
+        assert all(table.native.touched > most for table in tables)
+    assert np.array_equal(np.concatenate(rows), expected)
+
+
 def test_order_of_completions_and_state_of_the_cache_do_not_change_the_output(
     pack: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

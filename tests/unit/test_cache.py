@@ -26,7 +26,8 @@ class Model:
         self.slots = slots
         self.slot_of: dict[int, int] = {}
         self.uses = {half_life: dict.fromkeys(range(RECORDS), np.float32(0)) for half_life in (2, 64)}
-        self.step = 0
+        self.step = self.touched = 0
+        self.holding = False
 
     def key(self, record: int) -> tuple[np.float32, int]:
         """Records with the smallest are victims."""
@@ -37,11 +38,16 @@ class Model:
         """Evict for the missing records of one round; their slots in the order in which they are given out."""
         missing = [i for i in ids if i not in self.slot_of]
         taken = set(self.slot_of.values())
-        free = [slot for slot in range(self.slots) if slot not in taken]
+        free = [slot for slot in range(self.within(len(ids) - len(missing), len(missing))) if slot not in taken]
         rest = sorted((i for i in self.slot_of if i not in ids), key=self.key)
         evicted = rest[: max(0, len(missing) - len(free))]
         given_out = sorted(free[: len(missing)] + [self.slot_of.pop(i) for i in evicted])
+        self.touched = max([self.touched, *(slot + 1 for slot in given_out)])
         return dict(zip(missing, given_out, strict=True))
+
+    def within(self, hits: int, missing: int) -> int:
+        """Slots that may be given out: while holding those touched, and as many more as are needed beside the hits."""
+        return min(self.slots, max(self.touched, hits + missing)) if self.holding else self.slots
 
     def reserve(self, new: list[int], slots: list[int], keep: list[int]) -> None:
         """The same slots as a round of `keep` and `new` would give out."""
@@ -141,7 +147,13 @@ class Sequences(RuleBasedStateMachine):
         self.table.settle(held, here, used)
         self.table.settle(held, here, used)  # once is enough
         self.model.finish(list(late) if used else [], late)
+        self.model.touched = self.table.native.touched  # of rounds beside a reservation, which the model does not play
         self.table.check()
+
+    @rule(on=st.booleans())
+    def hold(self, on: bool) -> None:
+        self.table.hold(on)
+        self.model.holding = on
 
     @rule()
     def end_token(self) -> None:
@@ -164,7 +176,8 @@ class Sequences(RuleBasedStateMachine):
         if not hasattr(self, "table"):
             return
         resident = set(self.table.resident().tolist())
-        assert len(resident) <= self.table.slots
+        assert len(resident) <= self.table.native.touched <= self.table.slots
+        assert self.table.native.touched == self.model.touched
         if getattr(self, "kept", None) is None:
             assert resident == set(self.model.slot_of)
             assert self.table.misses == self.loaded
@@ -199,6 +212,26 @@ def test_one_round_when_the_set_fits() -> None:
     assert len(run_all(table, list(range(10)))) == 1
     assert [len(part.ids) for part in run_all(table, list(range(50, 75)))] == [10, 10, 5]
     assert run_all(table, []) == []
+
+
+def test_a_held_table_takes_no_new_slots_but_for_what_a_request_needs() -> None:
+    def ask(*ids: int) -> list[int]:
+        slots: list[int] = []
+        for part in table.rounds(ids):
+            part.commit()
+            slots += part.slots.tolist()
+        return slots
+
+    table = SlotTable(32, 16)
+    assert ask(0, 1, 2, 3) == [0, 1, 2, 3]
+    table.hold(True)
+    assert sorted(ask(4, 5, 6)) == [0, 1, 2] and table.native.touched == 4
+    held = table.reserve([7, 8], np.array([4], np.int32))
+    assert max(held.slots) < 4
+    table.settle(held, np.ones(2, bool))
+    assert sorted(ask(10, 11, 12, 13, 14, 15)) == [0, 1, 2, 3, 4, 5]  # one token's set is read in one round
+    table.hold(False)
+    assert ask(20) == [6]
 
 
 def test_what_was_used_least_goes_first() -> None:

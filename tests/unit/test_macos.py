@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
+import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -215,8 +217,106 @@ def test_under_pressure_freed_buffers_go_and_the_limit_comes_back(monkeypatch: p
     monkeypatch.setattr(sys, "platform", "darwin")
     monkeypatch.setattr(mx, "set_cache_limit", set_cache_limit)
     monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(now[0]))
-    relief = macos.Relief()
+    held: list[bool] = []
+    relief = macos.Relief(held.append)
     for at, said in ((0.0, "normal"), (0.5, "critical"), (1.0, "critical"), (2.5, "warning"), (4.0, "normal")):
         now[0], level[0] = at, said
         relief.step(lambda: level[0], lambda: now[0])
-    assert (cleared, relief.times, limit) == ([1.0, 2.5], 2, [1000, 0, 0, 1000])
+    assert (cleared, relief.times, limit, held) == ([1.0], 1, [1000, 0, 1000], [True, False])
+    now[0], level[0] = 6.0, "warning"
+    relief.step(lambda: level[0], lambda: now[0])
+    relief.close()
+    assert limit == [1000, 0, 1000, 0, 1000] and held == [True, False, True, False]
+
+
+# What Watch takes from libdispatch; `tell` is a notification, on a thread that Python does not know.
+DISPATCH = """
+#include <pthread.h>
+#include <stdlib.h>
+typedef void (*function)(void*);
+typedef struct { function handler; unsigned long level; int resumed, cancelled; } source;
+char _dispatch_source_type_memorypressure;
+source* made;
+int alive, refuse;
+void* dispatch_queue_create(const char* label, void* attributes) { alive++; return malloc(1); }
+void* dispatch_source_create(void* type, unsigned long handle, unsigned long mask, void* queue) {
+  if (refuse || type != &_dispatch_source_type_memorypressure || handle || mask != 7 || !queue) return 0;
+  alive++;
+  return made = calloc(1, sizeof(source));
+}
+void dispatch_source_set_event_handler_f(source* s, function handler) { s->handler = handler; }
+unsigned long dispatch_source_get_data(source* s) { return s->level; }
+void dispatch_resume(source* s) { s->resumed = 1; }
+void dispatch_source_cancel(source* s) { s->cancelled = 1; }
+void dispatch_sync_f(void* queue, void* context, function work) { work(context); }
+void dispatch_release(void* object) { alive--; }
+static void* run(void* s) { ((source*)s)->handler(0); return 0; }
+void tell(unsigned long level) {
+  pthread_t thread;
+  made->level = level;
+  if (!made->resumed || made->cancelled) return;
+  pthread_create(&thread, 0, run, made);
+  pthread_join(thread, 0);
+}
+"""
+
+
+@pytest.fixture
+def dispatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    (tmp_path / "dispatch.c").write_text(DISPATCH)
+    built = [compiler, "-shared", "-fPIC", "-o", "dispatch.so", "dispatch.c", "-lpthread"]
+    subprocess.run(built, cwd=tmp_path, check=True)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(macos, "library", lambda: ctypes.CDLL(str(tmp_path / "dispatch.so")))
+    monkeypatch.setattr(macos, "pressure", lambda: "normal")
+    return macos.library()
+
+
+def alive(dispatch: Any) -> int:
+    return ctypes.c_int.in_dll(dispatch, "alive").value
+
+
+def test_the_system_notifies_of_pressure(dispatch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, held = [1000], []
+    monkeypatch.setattr(mx, "set_cache_limit", lambda value: limits.append(value) or limits[-2])
+    relief = macos.Relief(held.append, every=3600)
+    relief.open()
+    assert relief.watch is not None and relief.watch.level == "normal" and alive(dispatch) == 2
+    for level, expected in ((2, [True]), (4, [True]), (1, [True, False])):
+        dispatch.tell(level)
+        relief.step()
+        assert held == expected
+    dispatch.tell(64)  # a level that is not known is none
+    assert relief.watch.level == "normal"
+    dispatch.tell(2)
+    relief.step()
+    watch = relief.watch
+    relief.close()
+    relief.close()
+    dispatch.tell(4)
+    assert alive(dispatch) == 0 and watch.level == "warning" and limits == [1000, 0, 1000, 0, 1000]
+
+
+def test_a_watch_that_is_let_go_ends(dispatch: Any) -> None:
+    watch = macos.Watch()
+    assert alive(dispatch) == 2
+    del watch
+    assert alive(dispatch) == 0
+
+
+def test_without_notifications_the_system_is_asked(dispatch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctypes.c_int.in_dll(dispatch, "refuse").value = 1
+    relief, held = macos.Relief(), []
+    relief.hold = held.append
+    relief.open()
+    assert relief.watch is None and alive(dispatch) == 0
+    monkeypatch.setattr(macos, "pressure", lambda: "critical")
+    relief.step()
+    relief.close()
+    assert held == [True, False]
+    monkeypatch.setattr(macos, "library", lambda: ctypes.CDLL(None))  # has none of it
+    with pytest.raises(FlashSparseError, match="no notifications"):
+        macos.Watch()

@@ -166,6 +166,7 @@ typedef struct {
     int64_t records, slots, step, epoch;
     int64_t numbers;      // the last number given to a round or a reservation
     int64_t round, committed, reservation, waiting;  // those that are open, 0: none; reserved records not yet taken over
+    int64_t touched, holding;  // slots below were given to records before; 1: others only where those do not suffice
 } fs_slots;
 
 FS_API int32_t fs_slots_valid(const fs_slots*, const int32_t* ids, int64_t n);  // ascending, unique, in range

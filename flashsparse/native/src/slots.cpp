@@ -1,6 +1,7 @@
 // The slots of a layer: which record is where, victims, rounds and reservations. It allocates nothing and moves no bytes.
 // Evicted is what was used least, where uses decay (LRFU, Lee et al. 2001), at two rates: fast ones follow a text that
 // stays with its neurons, slow ones, which weigh little, decide among what the fast ones have forgotten.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -57,22 +58,31 @@ Limit smallest(const uint32_t* keys, int64_t n, int64_t count) {
     return {prefix, count};
 }
 
+// The slots among which `count` victims are found: while holding no more beyond those touched than that takes.
+int64_t within(const fs_slots* t, int64_t count) {
+    if (!t->holding) return t->slots;
+    int64_t possible = 0;
+    for (int64_t slot = 0; slot < t->touched; slot++) possible += !t->held[slot];
+    return std::min(t->slots, t->touched + std::max<int64_t>(0, count - possible));
+}
+
 // Empties `count` slots and writes them in ascending order: free ones, then those with the smallest keys, of equal ones
 // the lower slots. False, and nothing is changed, when so many are not to be had.
 bool evict(fs_slots* t, int64_t count, uint8_t mark, int32_t* victims) {
     if (!count) return true;
     const Decay decay(t->epoch - t->step);
+    const int64_t slots = within(t, count);
     int64_t free = 0, used = 0;
-    for (int64_t slot = 0; slot < t->slots; slot++) free += t->record_in[slot] < 0 && !t->held[slot];
+    for (int64_t slot = 0; slot < slots; slot++) free += t->record_in[slot] < 0 && !t->held[slot];
     Limit limit{0, 0};
     if (count > free) {
-        for (int64_t slot = 0; slot < t->slots; slot++) {
+        for (int64_t slot = 0; slot < slots; slot++) {
             bool possible = t->record_in[slot] >= 0 && !t->held[slot];
             t->keys[slot] = possible ? key(t, t->record_in[slot], decay) : kNoVictim;
             used += possible;
         }
         if (count - free > used) return false;
-        limit = smallest(t->keys, t->slots, count - free);
+        limit = smallest(t->keys, slots, count - free);
     }
     const bool all_free = count > free;
     for (int64_t slot = 0; count > 0; slot++) {
@@ -85,6 +95,7 @@ bool evict(fs_slots* t, int64_t count, uint8_t mark, int32_t* victims) {
         }
         t->held[slot] = mark;
         *victims++ = int32_t(slot);
+        if (slot >= t->touched) t->touched = slot + 1;
         count--;
     }
     return true;
