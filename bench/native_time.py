@@ -1,6 +1,6 @@
 """Where a step's time goes: seconds inside each function of the native library, measured at its Python boundary.
 
-What is not in one of them (Python, numpy, MLX, this timing) is what the runtime adds around reading and computing.
+Functions that read, wait and compute in one call are shown whole; what of a step is which, the engine's counters tell.
 """
 
 from __future__ import annotations
@@ -9,9 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-
-READING = ("fs_pool_submit", "fs_pool_take", "fs_pool_keep", "fs_pool_release")
-BOOKKEEPING = ("fs_slots_", "fs_plan_reads")
 
 
 class NativeTime:
@@ -24,17 +21,6 @@ class NativeTime:
     def clear(self) -> None:
         self.seconds.clear()
         self.calls.clear()
-
-    @property
-    def reading(self) -> float:
-        """Submitting reads, dropping them and waiting for them."""
-        return sum(seconds for name, seconds in self.seconds.items() if name in READING)
-
-    @property
-    def computing(self) -> float:
-        """What is neither reading nor the native part of the bookkeeping."""
-        native = sum(seconds for name, seconds in self.seconds.items() if name.startswith(BOOKKEEPING))
-        return sum(self.seconds.values()) - self.reading - native
 
     def per(self, tokens: int) -> dict[str, float]:
         """Milliseconds per token by function, the longest first."""

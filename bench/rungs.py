@@ -16,6 +16,8 @@ import numpy as np
 
 from flashsparse.cache import SlotTable
 from flashsparse.choice import Choice
+from flashsparse.kernels.cpu import NativeKernels
+from flashsparse.prefetch import Prefetch
 
 if TYPE_CHECKING:
     from flashsparse.engine import Engine
@@ -56,16 +58,21 @@ def forget(engine: Engine) -> None:
         if ffn.table is None:
             continue
         if ffn.lookahead is not None:
-            ffn.lookahead.finish()
+            ffn.lookahead.drop()
         ffn.table = SlotTable(ffn.table.records, ffn.table.slots)
-        if ffn.lookahead is not None:
+        if isinstance(ffn.kernels, NativeKernels) and ffn.native is not None:
+            ffn.native = ffn.kernels.rounds(ffn)
+        if isinstance(ffn.lookahead, Prefetch):
             ffn.lookahead.table = ffn.table
+        elif ffn.lookahead is not None and ffn.native is not None:
+            ffn.lookahead.rounds = ffn.native
 
 
 def unbundle(engine: Engine, sets: Sets | None = None) -> None:
     """Read each record as three pieces."""
     for ffn in _streamed_ffns(engine):
         ffn.pool = SplitPool(ffn.pool, ffn.flash.file.sector)  # type: ignore[assignment]
+        ffn.native = None  # its reads are not the pool's to cut
 
 
 def read_resident(engine: Engine) -> None:

@@ -18,9 +18,10 @@ from flashsparse.compact import CompactGate
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
 from flashsparse.flash import TYPICAL, Costs, Merging
 from flashsparse.flash.curve import load_curve
+from flashsparse.kernels.cpu import NativeKernels
 from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
 from flashsparse.places import cache_dir
-from flashsparse.prefetch import Norm, Prefetch, Switch
+from flashsparse.prefetch import NativePrefetch, Norm, Prefetch, Switch
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
 from flashsparse.weights import Buffer, ResidentStore
 
@@ -85,10 +86,12 @@ class Assembly:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
             ffn.slab = Buffer(slots * ffn.slot_bytes, self.unified)
+            if isinstance(self.kernels, NativeKernels):
+                ffn.native = self.kernels.rounds(ffn)
             ffn.lookahead = self._lookahead(ffn)
         return ffn
 
-    def _lookahead(self, ffn: StreamedFFN) -> Prefetch | None:
+    def _lookahead(self, ffn: StreamedFFN) -> Prefetch | NativePrefetch | None:
         """None where hints are off, where nothing is chosen, and where the FFN's input is not the normalized stream."""
         m = self.pack.manifest
         base = ffn_norm_name(m.family, m.config, ffn.layer)
@@ -96,10 +99,15 @@ class Assembly:
             return None
         weight, bias = self.store.vector(f"{base}.weight"), self.store.vector(f"{base}.bias")
         assert weight is not None and ffn.table is not None and ffn.slab is not None
-        norm = Norm(weight, bias, m.config.get("rms_norm_eps", 1e-5), layer="rms_norm_eps" not in m.config)
+        eps, centred = m.config.get("rms_norm_eps", 1e-5), "rms_norm_eps" not in m.config
+        if ffn.native is not None:
+            assert isinstance(self.kernels, NativeKernels)
+            norm = self.kernels.norm(weight, bias, eps, centred)
+            return NativePrefetch(ffn.native, ffn.chooser, norm, self.switch, ffn.counters)
         return Prefetch(
-            ffn.table, ffn.slab, ffn.slot_bytes, ffn.flash, self.pool, ffn.chooser, norm, self.switch, ffn.counters
-        )
+            ffn.table, ffn.slab, ffn.slot_bytes, ffn.flash, self.pool, ffn.chooser, Norm(weight, bias, eps, centred),
+            self.switch, ffn.counters,
+        )  # fmt: skip
 
     def _choosers(self) -> list[Chooser]:
         m = self.pack.manifest

@@ -20,6 +20,7 @@ import numpy as np
 
 from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Load, Merging, ReadPool, loads, reads
 from flashsparse.keeping import Keeping, likely_next
+from flashsparse.prefetch import Prefetch
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from flashsparse.choice import Choice, Chooser
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
-    from flashsparse.prefetch import Ahead, Prefetch
+    from flashsparse.native.rounds import LayerRounds
+    from flashsparse.prefetch import Ahead, NativePrefetch
     from flashsparse.weights import Buffer
 
 WORTH = 32  # records that have arrived, before it pays to start computing them
@@ -96,10 +98,11 @@ class StreamedFFN:
     table: SlotTable | None = None
     slab: Buffer | None = None
     slot_bytes: int = 0
+    native: LayerRounds | None = None
     observer: Callable[[np.ndarray], None] | None = None
     dense: bool = False
     judging: Judging | None = None
-    lookahead: Prefetch | None = None
+    lookahead: Prefetch | NativePrefetch | None = None
     decoded: int = 0  # tokens that were computed one at a time, and how many neurons were predicted for them
     decoded_neurons: int = 0
 
@@ -141,15 +144,25 @@ class StreamedFFN:
                 self.lookahead.drop()
             self._stream(choice.ids, x, y, hidden, self._keeping(choice, tokens))
             return
-        ahead = None if self.lookahead is None else self.lookahead.claim(choice.ids)
+        if self.native is not None:
+            self._natively(self.native, choice, x, y)
+            return
+        lookahead = self.lookahead if isinstance(self.lookahead, Prefetch) else None
+        ahead = None if lookahead is None else lookahead.claim(choice.ids)
         reserved = None if ahead is None else ahead.reservation
         width = len(self.scratch.hidden) // tokens
         for start in range(0, len(choice.ids), width):
             for round_ in self.table.rounds(choice.ids[start : start + width], reserved):
                 self._round(round_, x, y, hidden, ahead)
-        if ahead is not None and self.lookahead is not None:
-            self.lookahead.finish()
+        if ahead is not None and lookahead is not None:
+            lookahead.finish()
         self.table.end_token()
+
+    def _natively(self, rounds: LayerRounds, choice: Choice, x: np.ndarray, y: np.ndarray) -> None:
+        """What the rounds above do, in one call."""
+        mask = choice.mask if len(x) > 1 else None  # one token needs all of its neurons
+        fired = self.predicts and not self.dense
+        self.counters.tally(rounds.run(choice.ids, x, choice.activated, mask, self.scratch.hidden, y, fired))
 
     def _keeping(self, choice: Choice, tokens: int) -> Keeping | None:
         if self.table is None or self.slab is None or self.dense:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from flashsparse.cache import Reservation, SlotTable
     from flashsparse.ffn import Flash
     from flashsparse.flash import ReadPool, Reads
+    from flashsparse.native.rounds import LayerRounds
     from flashsparse.stats import Counters
     from flashsparse.weights import Buffer
 
@@ -218,6 +220,36 @@ class Prefetch:
         plan = reads(self.flash.file, positions, self.flash.record_bytes, dests, self.flash.merging).ranked(rank)
         self.table.set_begin(slots, plan.begins)
         self.pending = Ahead(reservation, plan.submit(self.pool), plan)
+
+
+@dataclass(eq=False)
+class NativePrefetch:
+    """One layer's whose rounds are native: they also start its reads ahead, and know which are in flight.
+
+    norm: a new array from the residual stream [1, d], normalized as the FFN's input will be.
+    """
+
+    rounds: LayerRounds
+    chooser: Guess
+    norm: Callable[[np.ndarray], np.ndarray]
+    switch: Switch
+    counters: Counters
+
+    @property
+    def active(self) -> bool:
+        """Whether a hint is worth computing now."""
+        return self.switch.on
+
+    def start(self, h: np.ndarray) -> None:
+        """Start reading what the residual stream h [1, d] before the layer's attention suggests."""
+        began = time.perf_counter()
+        scores, least = self.chooser.guess(self.norm(h))
+        self.counters.tally(self.rounds.ahead(scores, least))
+        self.counters.hint_s += time.perf_counter() - began
+
+    def drop(self) -> None:
+        """The layer goes on without its reads in flight: drop those that nobody has begun, wait for the others."""
+        self.counters.tally(self.rounds.drop())
 
 
 def among(some: np.ndarray, ids: np.ndarray) -> np.ndarray:

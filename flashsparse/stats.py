@@ -5,11 +5,17 @@ Every published figure comes from here. Counters only grow; a phase is the diffe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
 from flashsparse import macos
 from flashsparse.drive import DriveRate
+
+# What native rounds count, in the order of fs_tally; nanoseconds of waiting and of overlap follow.
+TALLY = (
+    "rounds", "hits", "misses", "needed_bytes", "flash_reads", "flash_bytes", "fired",
+    "prefetched", "prefetch_used", "prefetch_wasted_bytes",
+)  # fmt: skip
 
 
 @dataclass
@@ -61,6 +67,15 @@ class Counters:
 
     def __add__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def tally(self, figures: Sequence[int]) -> None:
+        """Count what native rounds tell, in TALLY's order; their times are nanoseconds."""
+        *counts, waited, overlapped = figures
+        for name, count in zip(TALLY, counts, strict=True):
+            if count:
+                setattr(self, name, getattr(self, name) + count)
+        self.io_wait_s += waited / 1e9
+        self.overlap_s += overlapped / 1e9
 
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))

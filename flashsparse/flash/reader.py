@@ -156,6 +156,12 @@ def _impossible(reads: np.ndarray) -> bool:
     )
 
 
+def read_error(path: str, offset: int, need: int, got: int, error: int) -> FlashReadError:
+    """For `need` bytes at `offset` of which only `got` came, by errno `error` or, with 0, because the file ended."""
+    what = os.strerror(error) if error else f"the file ends after {got} of them"
+    return FlashReadError(f"{path}: reading {need} bytes at offset {offset} failed: {what}", path, offset, need, error)
+
+
 class Batch:
     """Reads submitted together; their indices are positions in the submitted arrays. Release it, or use `with`."""
 
@@ -200,11 +206,7 @@ class Batch:
         error = CReadError()
         lib().fs_pool_error(self._pool.handle, self.number, ctypes.byref(error))
         read, path = self._reads[error.index], self._files[error.index].path
-        offset, need = int(read["offset"]), int(read["need"])
-        what = os.strerror(error.error) if error.error else f"the file ends after {error.got} of them"
-        return FlashReadError(
-            f"{path}: reading {need} bytes at offset {offset} failed: {what}", path, offset, need, error.error
-        )
+        return read_error(path, int(read["offset"]), int(read["need"]), error.got, error.error)
 
     def keep(self, wanted: np.ndarray) -> np.ndarray:
         """Drop the reads that nobody has begun and that are not `wanted` (bool [n]); bool [n]: those not dropped.

@@ -6,15 +6,20 @@ more.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse import native
+from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.native.compact import Compact, candidates
+from flashsparse.native.layers import Norm
+from flashsparse.native.rounds import Home, LayerRounds, Rounds
 
 if TYPE_CHECKING:
     from flashsparse.compact import CompactGate
+    from flashsparse.ffn import StreamedFFN
     from flashsparse.kvcache import KVCache
     from flashsparse.pack.manifest import Manifest
     from flashsparse.weights import Weight
@@ -32,6 +37,7 @@ class NativeKernels:
         self._record = _record(manifest)
         self._matrices: dict[str, native.Matrix] = {}
         self._copies: dict[str, Compact] = {}
+        self._rounds: Rounds | None = None  # shared by the layers of the one engine that these kernels belong to
 
     def linear(self, weight: Weight, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
         native.linear(self.workers, self.matrix(weight), bias, x, out)
@@ -77,6 +83,32 @@ class NativeKernels:
 
     def down(self, slab: np.ndarray, offsets: np.ndarray, cols: np.ndarray, hidden: np.ndarray, y: np.ndarray) -> None:
         native.ffn_down(self.workers, self._record, slab, offsets, cols, hidden, y)
+
+    def norm(
+        self, weight: np.ndarray, bias: np.ndarray | None, eps: float, centred: bool
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """A function that gives a new array: RMSNorm of h [T, d], or LayerNorm when `centred`."""
+        norm = Norm(weight, bias, eps, centred)
+
+        def normalized(h: np.ndarray) -> np.ndarray:
+            x = np.empty_like(h)
+            norm(self.workers, h, x)
+            return x
+
+        return normalized
+
+    def rounds(self, ffn: StreamedFFN) -> LayerRounds:
+        """The native rounds of a layer that has slots."""
+        assert ffn.table is not None and ffn.slab is not None
+        if self._rounds is None:
+            self._rounds = Rounds(ffn.pool, self.workers)
+        flash = ffn.flash
+        home = Home(
+            flash.file.path, flash.file.fd, flash.data_offset, flash.record_bytes, flash.stride, flash.file.sector,
+            flash.merging.gap, min(flash.merging.longest, STAGING_BYTES),
+        )  # fmt: skip
+        table = ffn.table
+        return LayerRounds(self._rounds, home, self._record, table.native, table.begin, ffn.slab.bytes, ffn.slot_bytes)
 
     def close(self) -> None:
         self.workers.close()

@@ -76,6 +76,35 @@ class CSlots(ctypes.Structure):
     ]
 
 
+class CHome(ctypes.Structure):
+    """fs_home."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("slots", "begin", "slab")),
+        *((name, c_int64) for name in ("slot_bytes", "record_bytes", "stride", "data_offset")),
+        *((name, c_int64) for name in ("sector", "gap", "longest")),
+        ("fd", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class CInput(ctypes.Structure):
+    """fs_ffn_input."""
+
+    _fields_ = [
+        ("record", c_void_p),
+        ("x", c_void_p),
+        ("T", c_int64),
+        ("I", c_int64),
+        ("activated", c_void_p),
+        ("mask", c_void_p),
+        ("hidden", c_void_p),
+        ("width", c_int64),
+        ("y", c_void_p),
+        ("count_fired", c_int64),
+    ]
+
+
 class CReadError(ctypes.Structure):
     """fs_read_error."""
 
@@ -140,6 +169,11 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_slots_reserve": (c_int64, [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p]),
     "fs_slots_settle": (None, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int32]),
     "fs_slots_end_step": (None, [c_void_p]),
+    "fs_rounds_create": (c_void_p, [c_void_p, c_void_p]),
+    "fs_rounds_destroy": (None, [c_void_p, c_int32]),
+    "fs_rounds_run": (c_int32, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "fs_rounds_ahead": (c_int32, [c_void_p, c_void_p, c_void_p, c_float, c_void_p]),
+    "fs_rounds_drop": (None, [c_void_p, c_void_p]),
     "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 5)]),
 }
 

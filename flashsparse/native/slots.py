@@ -31,7 +31,8 @@ class Slots:
         self._scratch = np.zeros((2, slots), np.int32)
         arrays = (self.slot_of, self.record_in, *self._uses, self.held, *self._scratch)
         self._c = CSlots(*(array.ctypes.data for array in arrays), records, slots)
-        self._at = ctypes.addressof(self._c)
+        self._at = self.address = ctypes.addressof(self._c)
+        self.records = records
 
     @property
     def touched(self) -> int:

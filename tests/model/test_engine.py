@@ -6,6 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 import flashsparse
 from flashsparse import flash
 from tests.model.packs import make_pack
+from tests.model.predict_packs import make_predict_pack
 
 PROMPT = [int(t) for t in np.random.default_rng(7).integers(3, 160, 70)]
 STEPS = [int(t) for t in np.random.default_rng(8).integers(3, 160, 8)]
@@ -83,10 +85,28 @@ def test_order_of_completions_and_state_of_the_cache_do_not_change_the_output(
 
     monkeypatch.setattr(flash.Batch, "take", shuffled)
     with flashsparse.load(pack, slots=64) as engine:
+        for layer in engine._ffns:
+            layer.native = None  # which takes reads without Batch
         for _ in range(3):  # the second and third time the slots hold other records
             with engine.session() as session:
                 found = np.concatenate([session.logits(PROMPT), *(session.logits([t]) for t in STEPS)])
             assert np.array_equal(expected, found)
+
+
+def test_native_rounds_do_what_python_does(tmp_path: Path) -> None:
+    path = make_predict_pack(tmp_path)
+    costs, results = [], []
+    for natively in (False, True):
+        with flashsparse.load(path, slots=64, lookahead="off") as engine, engine.session() as session:
+            for layer in engine._ffns:
+                layer.native = layer.native if natively else None
+            results.append(np.concatenate([session.logits(PROMPT[:9]), *(session.logits([t]) for t in STEPS)]))
+            held = [layer.table.resident().tolist() for layer in engine._ffns if layer.table is not None]
+            costs.append({**asdict(engine.counters), "held": held})
+    assert np.array_equal(*results)
+    timed = {name for name, value in costs[0].items() if isinstance(value, float)}
+    assert all(costs[0][name] == costs[1][name] for name in costs[0].keys() - timed)
+    assert costs[0]["misses"] > 0 < costs[0]["hits"] and costs[0]["fired"] > 0
 
 
 def test_a_short_prompt_reads_the_union_of_its_sets_and_a_long_one_each_record_once(pack: Path) -> None:

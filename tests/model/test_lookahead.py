@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 
 import flashsparse
-from flashsparse import FlashReadError, UsageError, ffn, prefetch
+from flashsparse import UsageError, ffn, prefetch
 from flashsparse.engine import Engine
-from flashsparse.flash import Batch
-from flashsparse.prefetch import Norm, Prefetch, Switch
+from flashsparse.native import rounds
+from flashsparse.prefetch import NativePrefetch, Norm, Switch
 from flashsparse.stats import Counters
 from tests.model.packs import make_pack
 from tests.model.predict_packs import default_layer, make_predict_pack
@@ -40,7 +42,7 @@ def decode(engine: Engine) -> np.ndarray:
 def check_tables(engine: Engine) -> None:
     for layer in engine._ffns:
         assert layer.table is not None and layer.lookahead is not None
-        assert layer.lookahead.pending is None
+        assert layer.table.native.reservation == 0
         layer.table.check()
 
 
@@ -75,6 +77,17 @@ def test_output_is_the_same_bits_with_reads_ahead(tmp_path: Path, model: dict[st
                 assert total.prefetch_used > 0
                 assert total.overlap_s > 0
     assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+def test_other_kernels_read_ahead_in_python(pack: Path) -> None:
+    results = []
+    for mode in ("off", "on"):
+        with flashsparse.load(pack, slots=300, lookahead=mode, kernels="reference") as engine:
+            results.append(decode(engine))
+            assert all(layer.native is None for layer in engine._ffns)
+            total = engine.counters
+    assert np.array_equal(*results)
+    assert 0 < total.prefetch_used <= total.prefetched
 
 
 def test_every_byte_is_counted_once(pack: Path) -> None:
@@ -113,29 +126,32 @@ def test_wrong_hints_change_no_bits(pack: Path, guess: str, monkeypatch: pytest.
 
 
 def test_a_read_ahead_that_fails_is_read_again(pack: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with flashsparse.load(pack, slots=300, lookahead="off") as engine:
+    with flashsparse.load(pack, slots=300, lookahead="off", read_mode="buffered") as engine:
         expected = decode(engine)
-    calls = 0
+    whole = {path: path.read_bytes() for path in pack.glob("flash-*")}
+    with flashsparse.load(pack, slots=300, lookahead="on", read_mode="buffered") as engine:
+        original = ffn.StreamedFFN.hint
 
-    def take(ahead: prefetch.Ahead, least: int) -> np.ndarray:
-        nonlocal calls
-        calls += 1
-        if calls % 3 == 0:
-            raise FlashReadError("as a drive does", "", 0, 0, 5)
-        return original(ahead.batch, least)
+        def hint(layer: ffn.StreamedFFN, h: np.ndarray) -> None:
+            """The file ends early until the reads ahead are over."""
+            path = Path(layer.flash.file.path)
+            os.truncate(path, len(whole[path]) // 2)
+            original(layer, h)
+            time.sleep(0.02)
+            with path.open("r+b") as file:
+                file.write(whole[path])
 
-    original = Batch.take
-    monkeypatch.setattr(prefetch.Ahead, "_done", take)
-    with flashsparse.load(pack, slots=300, lookahead="on") as engine:
+        monkeypatch.setattr(ffn.StreamedFFN, "hint", hint)
         assert np.array_equal(decode(engine), expected)
         check_tables(engine)
-    assert calls > 10
+        total, record = engine.counters, engine.manifest.record.bytes
+        assert total.needed_bytes > (total.misses + total.prefetch_used) * record > 0  # some were read twice
 
 
 class Interrupt:
     """Raises KeyboardInterrupt before the n-th line that runs in the files that read ahead, as a signal would."""
 
-    FILES = (prefetch.__file__, ffn.__file__)
+    FILES = (prefetch.__file__, ffn.__file__, rounds.__file__)
 
     def __init__(self, after: int) -> None:
         self.left = after
@@ -218,7 +234,7 @@ def test_the_norm_is_its_formula(layer: bool) -> None:
 
 def test_layers_without_a_use_for_hints_have_none(tmp_path: Path, pack: Path) -> None:
     with flashsparse.load(pack, lookahead="off") as engine:
-        assert not any(isinstance(layer.lookahead, Prefetch) or layer.wants_hint for layer in engine._ffns)
+        assert not any(isinstance(layer.lookahead, NativePrefetch) or layer.wants_hint for layer in engine._ffns)
     with flashsparse.load(pack, tier="dense", lookahead="on") as engine:
         assert not any(layer.wants_hint for layer in engine._ffns)
     with pytest.raises(UsageError, match="lookahead"):

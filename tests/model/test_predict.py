@@ -225,7 +225,7 @@ def test_a_layer_computed_whole_stays_in_memory_when_it_fits(tmp_path: Path) -> 
         assert engine.plan.slots[0] == 512 and min(engine.plan.slots[1:]) >= 64
         assert np.array_equal(feed(engine), expected)
         table = engine._ffns[0].table
-        assert table is not None and table.misses == 512 and len(table.resident()) == 512
+        assert table is not None and len(table.resident()) == 512 <= engine.counters.misses
 
 
 def test_slots_follow_the_calibrated_densities(tmp_path: Path) -> None:
