@@ -3,8 +3,9 @@
 Owns the recipe: tokenizer, data mixture, optimizer, sparsity pressure, export as a Hugging Face directory with a model
 card. It leaves out everything about packs; `flashsparse convert` reads what this writes. Needs torch and transformers.
 
-The recipe: Muon on the matrices but the gates, AdamW on those and the rest; books first, stories at the end; a ProSparse-style L1 term on
-the FFN's intermediate values (arXiv 2402.13516, section 3.2) whose weight rises along a half cosine late in training.
+The recipe: Muon on the matrices but the gates, AdamW on those and the rest; books first, stories at the end; a
+ProSparse-style L1 term on the FFN's intermediate values (arXiv 2402.13516, section 3.2) whose weight rises along a half
+cosine late in training.
 """
 
 from __future__ import annotations
