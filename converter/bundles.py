@@ -14,6 +14,7 @@ from converter.plan import Plan
 from converter.quantize import quantized_bytes
 from converter.source import Checkpoint, SourceTensor
 from flashsparse.errors import CheckpointError
+from flashsparse.pack.codec import encode
 from flashsparse.pack.layout import Field, block_records
 from flashsparse.pack.safetensors import header_bytes
 
@@ -26,7 +27,7 @@ def write_records(
     checkpoint: Checkpoint, plan: Plan, layer: int, file: OutputFile, advance: Callable[[int], None]
 ) -> None:
     """Writes header and records of one layer; `advance` is told the bytes written."""
-    header = header_bytes({"records": ("U8", (plan.records, plan.record.stride))})
+    header, lengths = header_bytes(plan.flash_tensors), []
     file.write(header)
     advance(len(header))
     sources = plan.record_sources(layer)
@@ -35,8 +36,14 @@ def write_records(
         for first in range(0, columns.shape[1], step):
             part = columns[:, first : first + step]
             block = records(checkpoint, plan, sources, begin + first, part)
+            if plan.codec is not None:
+                block, stored = encode(block, plan.record.bytes)
+                lengths.append(stored.astype("<u4"))
             file.write(block.data)
             advance(block.nbytes)
+    for stored in lengths:
+        file.write(stored.data)
+        advance(stored.nbytes)
 
 
 def _column_blocks(checkpoint: Checkpoint, plan: Plan, down: SourceTensor) -> Iterator[tuple[int, np.ndarray]]:

@@ -19,6 +19,7 @@ from converter.predict import published
 from converter.quantize import quantize_rows
 from converter.source import Checkpoint, SourceTensor
 from flashsparse.errors import PackError
+from flashsparse.pack.codec import whole_records
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.safetensors import Header, read_header, read_tensor
 
@@ -66,7 +67,8 @@ def _records(checkpoint: Checkpoint, plan: Plan, found: Manifest) -> str:
         sources = plan.record_sources(layer)
         columns = checkpoint.columns(sources["down"], neuron, neuron + 1)
         expected = records(checkpoint, plan, sources, neuron, columns)
-        if not np.array_equal(read_tensor(found.flash_header(layer), "records", neuron, 1), expected):
+        ((_, stored),) = whole_records(found, layer, neuron, neuron + 1)
+        if not np.array_equal(stored, expected):
             return f"{found.flash_path(layer).name}: record {neuron} differs from the source"
     return ""
 

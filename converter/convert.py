@@ -62,6 +62,7 @@ def convert(
     thresholds: str | os.PathLike[str] | None = None,
     predictor_from: str | os.PathLike[str] | None = None,
     order: str = "source",
+    codec: str | None = None,
     resume: bool = False,
     force: bool = False,
     progress: Progress | None = None,
@@ -74,6 +75,8 @@ def convert(
 
     `order` is that of the records on flash: source, random[:SEED], or frequency or coactivation as measured on the
     first `calibrate_tokens` (10000) of the texts `calibrate`.
+
+    `codec` "zstd" stores records of 16-bit floats compressed, without loss, each where it would lie anyway.
 
     Tier predict, which `progress` tells of and before it `fitting` (what, done, of how many): a `predictor`
     (gate-copy, the default, gate-up-copy, svd, wsvd, trained, exact-gate) of `predictor_bits` (1 to 4, by default 2)
@@ -100,7 +103,7 @@ def convert(
     )
     ordering = order_options(order, found)
     predict = predict_options(without_texts(found, ordering, tier), tier)
-    options = Options(bits, group_size, tier, gate, activation, predict, ordering)
+    options = Options(bits, group_size, tier, gate, activation, predict, ordering, codec)
     pack = _destination(dst)
     if os.path.lexists(pack) and not (resume or force):
         raise _exists(pack)

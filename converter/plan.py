@@ -29,6 +29,7 @@ from flashsparse.models.tensors import (
     scoring_name,
     stored_as,
 )
+from flashsparse.pack.codec import CODECS, flash_tensors
 from flashsparse.pack.gate_copy import copy_tensors
 from flashsparse.pack.layout import Quant, Record, default_prefill_chunk, flash_name, record_layout
 from flashsparse.pack.manifest import CONFIG, PREDICTOR, RESIDENT, FileEntry, Manifest, canonical_json
@@ -56,9 +57,10 @@ class Options:
     activation: str | None = None
     predict: PredictOptions | None = None
     order: OrderOptions | None = None
+    codec: str | None = None
 
     def __post_init__(self) -> None:
-        choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES}
+        choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES, "codec": (None, *CODECS)}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 expected = ", ".join(map(str, allowed))
@@ -85,6 +87,7 @@ class Plan:
     ordering: OrderOptions | None = None
     orders: Orders | None = None
     layout: str = "full"
+    codec: str | None = None
 
     @property
     def gate(self) -> str:
@@ -114,6 +117,11 @@ class Plan:
         return record_layout(
             model.gated, self.tier, model.hidden_size, self.source_dtype, self.quant, *biases, self.gate
         )
+
+    @property
+    def flash_tensors(self) -> Stored:
+        """Name -> (type, shape) of the tensors of each layer's file."""
+        return flash_tensors(self.records, self.record.stride, self.codec)
 
     def record_sources(self, layer: int) -> dict[str, SourceTensor]:
         """Field of a record -> the tensor it comes from, in the record's order."""
@@ -167,7 +175,8 @@ class Plan:
     def sizes(self) -> dict[str, int]:
         """Bytes of every file but the manifest, in the order in which they are written."""
         sizes = {CONFIG: len(self.config_text)} | {path.name: path.stat().st_size for path in self.copies}
-        sizes |= {flash_name(n): ALIGN + self.records * self.record.stride for n in range(self.model.layers)}
+        flash = ALIGN + sum(shape_bytes(*tensor) for tensor in self.flash_tensors.values())
+        sizes |= {flash_name(n): flash for n in range(self.model.layers)}
         resident = sum(shape_bytes(*tensor) for tensor in self.resident_tensors.values())
         sizes |= {RESIDENT: len(header_bytes(self.resident_tensors)) + resident}
         if self.ordering is not None:
@@ -200,6 +209,7 @@ class Plan:
             files=dict(files),
             predictor=None if self.predictor is None else self.predictor.spec,
             order=None if self.orders is None else self.orders.spec,
+            codec=self.codec,
         )
 
     def choices(self) -> dict[str, Any]:
@@ -212,6 +222,7 @@ class Plan:
             **({"gate": self.gate} if self.gate == "compact" else {}),
             **({} if self.recipe is None else self.recipe.options.choices()),
             **({} if self.ordering is None else self.ordering.choices()),
+            **({} if self.codec is None else {"codec": self.codec}),
         }
 
 
@@ -239,8 +250,10 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         copies=tuple(checkpoint.copies()),
         ordering=options.order,
         layout=options.gate,
+        codec=options.codec,
     )
     _check_gate(options, plan)
+    _check_codec(plan)
     if options.predict is not None:
         plan = _predicting(plan, options.predict, options.activation)
     _check_record_types(plan)
@@ -274,6 +287,12 @@ def _check_gate(options: Options, plan: Plan) -> None:
             f"--gate compact copies a gate of 16 bits in 12.25; with --bits {plan.quant.bits} the gate itself is "
             "smaller: leave it out"
         )
+
+
+def _check_codec(plan: Plan) -> None:
+    if plan.codec is not None and (plan.quant is not None or plan.source_dtype == "F32"):
+        found = plan.source_dtype if plan.quant is None else f"--bits {plan.quant.bits}"
+        raise UsageError(f"--codec {plan.codec} is for records of 16-bit floats, but found {found}; leave it out")
 
 
 def _check_tied(checkpoint: Checkpoint, embedding: SourceTensor, head: SourceTensor) -> None:

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from converter.source import Checkpoint, SourceTensor
+from flashsparse.pack.codec import whole_records
 from flashsparse.pack.layout import Field, Quant
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.safetensors import Header, read_tensor
@@ -126,14 +127,11 @@ class PackWeights:
     def ffn(self, layer: int, names: Mapping[str, str]) -> dict[str, np.ndarray]:
         found = {field: whole(self, name) for field, name in names.items() if name in self.shapes}
         m = self.manifest
-        header = m.flash_header(layer)
         vectors = {field.name: field.kind == "vector" for field in m.record.fields.values()}
         for name, vector in vectors.items():
             size = (m.intermediate_size, m.hidden_size) if vector else (m.intermediate_size,)
             found[name] = np.empty(size, np.float32)
-        step = max(1, BLOCK_BYTES // m.record.stride)
-        for begin in range(0, m.intermediate_size, step):
-            records = read_tensor(header, "records", begin, min(step, m.intermediate_size - begin))
+        for begin, records in whole_records(m, layer):
             for field in m.record.fields.values():
                 found[field.name][begin : begin + len(records)] = self._field(records, field)
         found["down"] = found["down"].T

@@ -15,11 +15,13 @@ import numpy as np
 from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Searched, Whole
 from flashsparse.compact import CompactGate
+from flashsparse.compressed import Compressed
 from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
 from flashsparse.flash import TYPICAL, Costs, Merging
 from flashsparse.flash.curve import load_curve
 from flashsparse.kernels.cpu import NativeKernels
 from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
+from flashsparse.pack.codec import Decoder, read_lengths
 from flashsparse.places import cache_dir
 from flashsparse.prefetch import NativePrefetch, Norm, Prefetch, Switch
 from flashsparse.sparsity.predictors import ExactGate, make_predictor, scratch_sizes
@@ -52,6 +54,7 @@ class Assembly:
     merging: Merging = field(default_factory=Merging)
     costs: Costs = TYPICAL
     unified: bool = False
+    decoder: Decoder | None = None
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -60,6 +63,7 @@ class Assembly:
         merging = self.merging if curve is None else curve.merging(m.record.stride)
         self.merging = replace(merging, longest=sizes.staging_bytes())
         self.costs = self.costs if curve is None else curve.costs()
+        self.decoder = None if m.codec is None else Decoder(m.record.bytes, sizes.threads)
         choosers = self._choosers()
         return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
 
@@ -79,6 +83,8 @@ class Assembly:
         file, header = self.pack.files[index + 1], self.pack.headers[index + 1]
         flash = Flash(file, header.data_offset, m.intermediate_size, m.record.bytes, m.record.stride)
         flash.merging, flash.costs = self.merging, self.costs
+        if self.decoder is not None:
+            flash.compressed = Compressed(file.path, read_lengths(header, m.record.bytes), self.decoder)
         ffn = self._ffn(index, self.kernels, self.pool, flash, scratch, counters, chooser)
         ffn.predicts = self.tier == "predict" or m.gate == "compact"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")
@@ -86,7 +92,7 @@ class Assembly:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
             ffn.slab = Buffer(slots * ffn.slot_bytes, self.unified)
-            if isinstance(self.kernels, NativeKernels):
+            if isinstance(self.kernels, NativeKernels) and flash.compressed is None:  # native rounds know no codec
                 ffn.native = self.kernels.rounds(ffn)
             ffn.lookahead = self._lookahead(ffn)
         return ffn

@@ -137,6 +137,10 @@ class Engine:
         self.manifest: Manifest = pack.manifest
         self.tier = options.tier_of(self.manifest)
         record = self.manifest.record
+        if self.kernels == "metal" and self.manifest.codec is not None:
+            raise UsageError(
+                "compressed records are read on the CPU only: use kernels='native', or convert without codec"
+            )
         io_threads = read_threads(
             options.io_threads, curve, record.bytes, record.stride * self.manifest.intermediate_size
         )

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Load, Merging, ReadPool, loads, reads
+from flashsparse.compressed import Compressed
+from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Landed, Load, Merging, ReadPool, loads, reads
 from flashsparse.keeping import Keeping, likely_next
 from flashsparse.prefetch import Prefetch
 from flashsparse.stats import Counters
@@ -73,9 +74,28 @@ class Flash:
     stride: int
     merging: Merging = field(default_factory=Merging)
     costs: Costs = TYPICAL  # of the requests that fill tiles
+    compressed: Compressed | None = None
 
     def position(self, ids: np.ndarray) -> np.ndarray:
         return self.data_offset + ids.astype(np.int64) * self.stride
+
+    def stored_bytes(self, ids: np.ndarray) -> int | np.ndarray:
+        """Bytes to read of each record: [n], or of every one."""
+        return self.record_bytes if self.compressed is None else self.compressed.lengths[ids].astype(np.int64)
+
+    def landing(
+        self, ids: np.ndarray, slots: np.ndarray, slot_bytes: int, slab: np.ndarray, begins: np.ndarray
+    ) -> tuple[np.ndarray, Landed | None]:
+        """Where in their slots the records begin that were read to `begins`, and what makes them whole on arrival."""
+        if self.compressed is None:
+            return begins, None
+        places = slots.astype(np.int64) * slot_bytes
+        return np.zeros_like(begins), partial(self.compressed.restore, slab, ids, places + begins, places)
+
+    def restore(self, tile: np.ndarray, offsets: np.ndarray, ids: np.ndarray) -> None:
+        """Make the records that were read to `offsets` of a tile whole, where they are."""
+        if self.compressed is not None:
+            self.compressed.restore(tile, ids, offsets, offsets, np.arange(len(ids)))
 
 
 @dataclass
@@ -284,10 +304,12 @@ class StreamedFFN:
         slots = round_.slots[missing]
         dests = self.slab.address + slots.astype(np.int64) * self.slot_bytes
         positions = self.flash.position(round_.ids[missing])
-        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests, self.flash.merging)
-        self.table.set_begin(slots, plan.begins)
+        ids = round_.ids[missing]
+        plan = reads(self.flash.file, positions, self.flash.stored_bytes(ids), dests, self.flash.merging)
+        begins, landed = self.flash.landing(ids, slots, self.slot_bytes, self.slab.bytes, plan.begins)
+        self.table.set_begin(slots, begins)
         self._count(plan.nbytes, plan.requests, len(missing))
-        return plan.submit(self.pool)
+        return plan.submit(self.pool, landed)
 
     def _count(self, nbytes: int, requests: int, records: int) -> None:
         self.counters.flash_bytes += nbytes
@@ -316,6 +338,7 @@ class StreamedFFN:
                 while len(self._take(pending[0], len(pending[0]))):
                     pass
                 tile, here = self.scratch.tiles.buffers[index % 2].bytes, ids[load.first : load.last]
+                self.flash.restore(tile, load.offsets, here)
                 self._compute_tile(tile, load.offsets, here, x, y, compute_hidden)
                 if kept is not None:
                     kept.copy(tile, load.offsets, here)

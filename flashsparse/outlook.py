@@ -37,6 +37,7 @@ class Shape:
     touched: int
     slots: float  # of one layer, in the mean
     density: float | None = None  # as calibrated
+    stored: int | None = None  # bytes of a compressed record on flash
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def expect(shape: Shape, curve: Curve, memory_rate: float, density: float | None
     hits, hits_from = _hit_rate(shape, share, hit_rate)
     needed = shape.layers * shape.records * share
     whole = shape.tier == "dense" or share == 1
-    rate = curve.sequential if whole else curve.best(shape.record_bytes)
-    read_bytes = needed * (1 - hits) * shape.record_bytes
+    size = shape.record_bytes if shape.stored is None or whole else shape.stored
+    rate = curve.sequential if whole else curve.best(size)
+    read_bytes = needed * (1 - hits) * size
     read_s = read_bytes / rate
     touched = shape.touched + needed * shape.record_bytes
     memory_s = touched / memory_rate
@@ -127,6 +129,7 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
         touched=sizes["resident"] - lookups + sizes["predictor"],
         slots=sum(plan.slots) / m.layers,
         density=m.predictor.calibrated_density if m.predictor else None,
+        stored=None if m.codec is None else round(m.record.bytes / facts["codec"]["ratio"]),
     )
 
 

@@ -217,9 +217,11 @@ class Prefetch:
         slots, rank = reservation.slots.astype(np.int64), np.empty(len(order), np.int64)
         rank[order] = np.arange(len(order))
         positions, dests = self.flash.position(reservation.ids), self.slab.address + slots * self.slot_bytes
-        plan = reads(self.flash.file, positions, self.flash.record_bytes, dests, self.flash.merging).ranked(rank)
-        self.table.set_begin(slots, plan.begins)
-        self.pending = Ahead(reservation, plan.submit(self.pool), plan)
+        ids, flash = reservation.ids, self.flash
+        plan = reads(flash.file, positions, flash.stored_bytes(ids), dests, flash.merging).ranked(rank)
+        begins, landed = flash.landing(ids, slots, self.slot_bytes, self.slab.bytes, plan.begins)
+        self.table.set_begin(slots, begins)
+        self.pending = Ahead(reservation, plan.submit(self.pool, landed), plan)
 
 
 @dataclass(eq=False)

@@ -12,6 +12,7 @@ from flashsparse import memory
 from flashsparse.cache import RECORD_BYTES, SLOT_BYTES
 from flashsparse.compact import search_bytes
 from flashsparse.flash.reader import STAGING_BYTES
+from flashsparse.pack.codec import AT_ONCE, LENGTH_BYTES
 from flashsparse.pack.safetensors import ALIGN
 from flashsparse.sparsity.predictors import scratch_sizes
 
@@ -29,6 +30,7 @@ THREAD_BYTES = 16 << 10  # stack that a thread touches
 KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
 LAYER_BYTES = 100 << 10  # Python and MLX objects of one layer
 PROCESS_BYTES = 512 << 10  # what Python, numpy and MLX allocate for themselves while running
+ZSTD_BYTES = 1 << 20  # of a thread that decompresses, and its code
 FLOOR_SLOTS = 64
 NAMED_BYTES = 12  # its slot, its score as a hint, its place in a list, on a GPU (flashsparse.metal.walk)
 LIST_BYTES = 48  # of the lists that a GPU reads, for each record in them (flashsparse.metal.places)
@@ -79,6 +81,7 @@ class Sizes:
             "context_limit": int(m.config["max_position_embeddings"]),
             "overhead": PROCESS_BYTES
             + (LAYER_BYTES + (self._record_bytes() * m.intermediate_size if floor else 0)) * m.layers
+            + self._codec_bytes()
             + THREAD_BYTES * (self.io_threads + self.threads)
             + self.staging_bytes() * self.io_threads
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
@@ -90,6 +93,12 @@ class Sizes:
             "densities": densities if densities and None not in densities and slots is None else None,
             "whole": [index for index, layer in enumerate(layers) if layer.every],
         }
+
+    def _codec_bytes(self) -> int:
+        """Lengths of all records, and what decompressing takes: frames and values of the records of one call."""
+        m = self.manifest
+        lengths = LENGTH_BYTES * m.intermediate_size * m.layers
+        return 0 if m.codec is None else lengths + 3 * AT_ONCE * m.record.bytes + ZSTD_BYTES * self.threads
 
     def staging_bytes(self) -> int:
         """Of each read thread, for requests that bring several records: little where a layer is small."""

@@ -67,6 +67,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
     help="Order of the records on flash: source, frequency, coactivation (neurons that fire together lie together; "
     "both measured on --calibrate FILE) or random[:SEED].",
 )
+@click.option(
+    "--codec",
+    type=click.Choice(["zstd"]),
+    help="Compress records of 16-bit floats without loss, for slow drives (doctor says when it pays).  [default: none]",
+)
 @click.option("--resume", is_flag=True, help="Continue a conversion that was stopped, if any.  [default: off]")
 @click.option("--force", is_flag=True, help="Replace a pack that is there, at the end.  [default: off]")
 def convert(
@@ -78,6 +83,7 @@ def convert(
     gate: str,
     activation: str | None,
     order: str,
+    codec: str | None,
     resume: bool,
     force: bool,
     **predict: Any,
@@ -100,6 +106,7 @@ def convert(
                 gate=gate,
                 activation=activation,
                 order=order,
+                codec=codec,
                 resume=resume,
                 force=force,
                 progress=stages.writing,
@@ -192,6 +199,7 @@ class _Lines:
 def summary(manifest: Manifest) -> list[str]:
     """What was made, as lines: tier, size, activation and its origin, and what direct reads of records cost."""
     from flashsparse.memory import format_bytes
+    from flashsparse.pack.codec import compression
 
     quant, activation, record = manifest.quant, manifest.activation, manifest.record
     size = sum(entry.bytes for entry in manifest.files.values())
@@ -210,6 +218,7 @@ def summary(manifest: Manifest) -> list[str]:
         f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",
         f"record      {record.bytes} bytes, stride {record.stride}",
         *([] if manifest.order is None else [f"order       {manifest.order.kind}"]),
+        *([] if manifest.codec is None else [f"codec       {manifest.codec}, {compression(manifest):.2f} to 1"]),
         *predictor_summary(manifest),
         *(_direct_reads(manifest, sector) for sector in SECTORS),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from flashsparse.codec_outlook import CodecSample
     from flashsparse.machine import Curve
     from flashsparse.outlook import Outlook, Shape
 
@@ -49,16 +51,19 @@ def doctor(
     512 MiB, and kept in the user's cache; reading then follows it. A doubtful curve, or one of 30 days ago, is
     measured again.
     """
+    from flashsparse.codec_outlook import sample_codec
     from flashsparse.machine import find_curve, memory_rate
     from flashsparse.outlook import checkpoint_shape, expect, pack_shape
+    from flashsparse.pack.manifest import Manifest
 
     if plot is not None:
         from flashsparse.sparsity.plots import check_plot
 
         check_plot(plot)
-    shape = None
+    shape = codec = None
     if model is not None and (model / "pack.json").is_file():
         shape = pack_shape(model, dram)
+        codec = sample_codec(Manifest.load(model), threads or os.cpu_count() or 1)
     elif model is not None:
         shape = checkpoint_shape(model, dram, tier, int(bits))
     curve, known = find_curve(at or model or Path(), again, lambda problem: click.echo(problem, err=True))
@@ -69,12 +74,14 @@ def doctor(
 
         draw_curve(plot, curve, shape.record_bytes if shape else None)
     if as_json:
-        click.echo(json.dumps(report(curve, memory, shape, outlook)))
+        click.echo(json.dumps(report(curve, memory, shape, outlook, codec)))
         return
-    click.echo("\n".join(lines(curve, known, memory, shape, outlook)))
+    click.echo("\n".join([*lines(curve, known, memory, shape, outlook), *codec_lines(curve, codec)]))
 
 
-def report(curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | None) -> dict[str, Any]:
+def report(
+    curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | None, codec: CodecSample | None = None
+) -> dict[str, Any]:
     """Everything that is printed, as plain values; rates in bytes per second."""
     from dataclasses import asdict
 
@@ -83,7 +90,21 @@ def report(curve: Curve, memory: float, shape: Shape | None, outlook: Outlook | 
         merging = curve.merging(shape.stride)
         facts |= {"model": asdict(shape), "outlook": outlook.to_dict(), "merging": asdict(merging)}
         facts["best"], facts["depth"] = curve.best(shape.record_bytes), curve.depth(shape.record_bytes)
+    if codec is not None:
+        facts["codec"] = {**codec.to_dict(), "gain": codec.gain(curve)}
     return facts
+
+
+def codec_lines(curve: Curve, codec: CodecSample | None) -> list[str]:
+    """Whether compressed records would pay on this drive; nothing where there are none to compress."""
+    if codec is None:
+        return []
+    gain = codec.gain(curve)
+    verdict = "would pay here" if gain > 1 else "does not pay here"
+    return [
+        f"zstd           {codec.ratio:.2f} to 1, decompressed at {codec.decode_rate / 1e9:.2f} GB/s: a record in "
+        f"{1 / gain:.2f} times the time, {verdict} (below {codec.pays_below / 1e9:.2f} GB/s it does)"
+    ]
 
 
 def lines(curve: Curve, known: bool, memory: float, shape: Shape | None, outlook: Outlook | None) -> list[str]:

@@ -48,6 +48,10 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["order"] is not None:
         result.append(("order", _order(facts["order"])))
+    if facts["codec"] is not None:
+        result.append(
+            ("codec", f"{facts['codec']['name']}: {facts['codec']['ratio']:.2f} times fewer bytes per record")
+        )
     if facts["predictor"] is not None:
         result += _predictor(facts["predictor"])
     result += _bytes(facts["bytes"]) + _parameters(facts)

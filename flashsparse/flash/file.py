@@ -93,8 +93,8 @@ def probe_sector(fd: int) -> int:
     return 1
 
 
-def read_range(file: FlashFile, offset: Ints, length: int) -> tuple[Ints, Ints]:
-    """(start, length) of the sectors that hold `length` bytes at `offset` of the file; offset may be an int64 array."""
+def read_range(file: FlashFile, offset: Ints, length: int | Ints) -> tuple[Ints, Ints]:
+    """(start, length) of the sectors that hold `length` bytes at `offset` of the file; both may be int64 arrays."""
     sector = file.sector
     start = offset // sector * sector
     return start, -(-(offset + length) // sector) * sector - start

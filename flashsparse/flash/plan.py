@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from flashsparse.flash.file import FlashFile, read_range
-from flashsparse.flash.reader import READ, STAGING_BYTES, Batch, ReadPool
+from flashsparse.flash.reader import READ, STAGING_BYTES, Batch, Landed, ReadPool
 from flashsparse.native.library import lib
 
 
@@ -71,15 +71,19 @@ class Reads:
         after = np.append(begins, len(self.reads)).astype(np.int32)
         return replace(self, reads=self.reads[moved], firsts=after, order=order[moved])
 
-    def submit(self, pool: ReadPool) -> Batch:
+    def submit(self, pool: ReadPool, landed: Landed | None = None) -> Batch:
         """Start them; the batch's indices are positions in the records asked for. Raises what submit_runs does."""
-        return pool.submit_runs(self.files, self.reads, self.firsts, self.runs, self.order)
+        return pool.submit_runs(self.files, self.reads, self.firsts, self.runs, self.order, landed)
 
 
 def reads(
-    file: FlashFile, positions: np.ndarray, record_bytes: int, dests: np.ndarray, merging: Merging = SEPARATE
+    file: FlashFile,
+    positions: np.ndarray,
+    record_bytes: int | np.ndarray,
+    dests: np.ndarray,
+    merging: Merging = SEPARATE,
 ) -> Reads:
-    """The requests that read `record_bytes` at each of the file `positions` (int64 [n]) to addresses `dests` [n].
+    """The requests that read `record_bytes` (of all, or [n]) at the file `positions` (int64 [n]) to addresses `dests`.
 
     Raises ValueError for positions before the file's begin and addresses of zero.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -23,6 +23,7 @@ READ = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("fd", "<i4"), ("reserved", "<i4")]
 )
 FAILED, UNKNOWN = -1, -2
+Landed = Callable[[np.ndarray], None]
 STAGING_BYTES = 128 << 10  # of each thread at most, for a request that brings several records
 
 
@@ -100,15 +101,17 @@ class ReadPool:
         firsts: np.ndarray,
         runs: int,
         order: np.ndarray | None = None,
+        landed: Landed | None = None,
     ) -> Batch:
         """Start `reads` (READ [n], checked by the caller) as `runs` requests, divided as `firsts` says (fs_plan_reads).
 
-        files: one for each read. order: what the batch calls read i, order[i], when that is not i. Raises ValueError
-        when the pool is closed, FlashReadError when the memory for bookkeeping is lacking.
+        files: one for each read. order: what the batch calls read i, order[i], when that is not i. landed: called with
+        the indices of finished reads before they are given out. Raises ValueError when the pool is closed,
+        FlashReadError when the memory for bookkeeping is lacking.
         """
         if self.closed:
             raise ValueError("this read pool is closed")
-        batch = Batch(self, next(self._numbers), files, reads, order)
+        batch = Batch(self, next(self._numbers), files, reads, order, landed)
         try:  # the batch knows its number before it begins, so that no interrupt leaves reads that nobody can release
             failed = -lib().fs_pool_submit(
                 self.handle, batch.number, reads.ctypes.data, len(reads), firsts.ctypes.data, runs
@@ -174,8 +177,10 @@ class Batch:
         files: Sequence[FlashFile],
         reads: np.ndarray,
         order: np.ndarray | None = None,
+        landed: Landed | None = None,
     ) -> None:
         self.number, self._pool, self._files, self._reads, self._order = number, pool, files, reads, order
+        self._landed = landed
         self._open = True
 
     def __len__(self) -> int:
@@ -185,7 +190,8 @@ class Batch:
         """Wait for finished reads; their indices (int32), each once, in no particular order. Empty: all are taken.
 
         least: how many to wait for, unless fewer are left. Being woken costs, so take what makes work worth starting.
-        Raises FlashReadError naming file, offset and reason when a read failed; no other is in flight then.
+        Raises FlashReadError naming file, offset and reason when a read failed; no other is in flight then. And what
+        `landed` raises.
         """
         if not self._open:
             raise ValueError("this batch is released")
@@ -195,7 +201,10 @@ class Batch:
             raise self._error()
         if count == UNKNOWN:
             raise ValueError("this batch is gone: its read pool is closed")
-        return done[:count] if self._order is None else self._order[done[:count]]
+        taken = done[:count] if self._order is None else self._order[done[:count]]
+        if self._landed is not None and count:
+            self._landed(taken)
+        return taken
 
     def wait(self) -> None:
         """Wait for all reads. Raises FlashReadError as take() does."""

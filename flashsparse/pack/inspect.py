@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from flashsparse.errors import PackError
+from flashsparse.pack.codec import compression
 from flashsparse.pack.layout import Quant, Record, flash_name
 from flashsparse.pack.manifest import CONFIG, FORMAT, MANIFEST, PREDICTOR, RESIDENT, VERSION, Manifest
 from flashsparse.pack.order import ORDER, read_orders
@@ -119,6 +120,7 @@ def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "record": _record(manifest.record),
         "prefill_chunk": manifest.prefill_chunk,
         "order": _order(manifest),
+        "codec": None if manifest.codec is None else {"name": manifest.codec, "ratio": compression(manifest)},
         "predictor": _predictor(manifest),
         "bytes": _bytes(manifest, header),
         **_parameters(manifest, header, predictor),

@@ -15,6 +15,7 @@ from typing import Any
 
 from flashsparse.errors import DamagedPackError, PackError
 from flashsparse.pack.checks import Node, listed, shown
+from flashsparse.pack.codec import CODECS, LENGTH_BYTES, flash_tensors
 from flashsparse.pack.config import check_config
 from flashsparse.pack.layout import (
     BLOCK_BYTES,
@@ -113,6 +114,7 @@ class Manifest:
     files: dict[str, FileEntry]
     predictor: PredictorSpec | None = None
     order: OrderSpec | None = None
+    codec: str | None = None
 
     @staticmethod
     def load(pack_dir: str | os.PathLike[str]) -> Manifest:
@@ -179,11 +181,14 @@ class Manifest:
                 raise DamagedPackError(f"{path}: found {size} bytes, expected {entry.bytes}")
 
     def flash_header(self, layer: int) -> Header:
-        """The validated header of a layer's file: one U8 tensor `records` [intermediate_size, stride] at byte 16384."""
+        """The validated header of a layer's file: `records` (U8 [intermediate_size, stride]) at byte 16384.
+
+        With a codec `lengths` (U32 [intermediate_size]) follow.
+        """
         path = self.flash_path(layer)
         header = read_header(path, PackError)
         found = {name: (info.dtype, info.shape) for name, info in header.tensors.items()}
-        expected = {"records": ("U8", (self.intermediate_size, self.record.stride))}
+        expected = flash_tensors(self.intermediate_size, self.record.stride, self.codec)
         if found != expected or header.data_offset != ALIGN:
             raise PackError(
                 f"{path}: found {shown(found)} at byte {header.data_offset}, expected {expected} at byte {ALIGN}"
@@ -231,6 +236,7 @@ class Manifest:
             "predictor": None if self.predictor is None else self.predictor.to_dict(),
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
             **({} if self.order is None else {"order": self.order.to_dict()}),
+            **({} if self.codec is None else {"codec": self.codec}),
         }
 
 
@@ -275,6 +281,7 @@ def _manifest(node: Node, path: Path) -> Manifest:
         prefill_chunk=node.integer("prefill_chunk", 1),
         files={name: _file(child) for name, child in node.child("files").children()},
         order=read_order_spec(node.child("order")) if node.has("order") else None,
+        codec=node.choice("codec", CODECS) if node.has("codec") else None,
     )
     return manifest if node.null("predictor") else replace(manifest, predictor=_predictor(node, manifest))
 
@@ -334,6 +341,8 @@ def _check_consistent(node: Node, m: Manifest) -> None:
         node.fail("gate", m.gate, f"{gates} in tier {m.tier!r}")
     if m.gate == "compact" and m.quant is not None:
         node.fail("quant", m.quant, "null where gate is 'compact'")
+    if m.codec is not None and (m.quant is not None or m.source_dtype == "F32"):
+        node.fail("codec", m.codec, "no codec but for records of unquantized 16-bit floats")
     if m.gated != (m.family == "llama"):
         node.fail("gated", m.gated, f"{m.family == 'llama'} for family {m.family!r}")
     if m.activation.name == "silu" and m.tier == "exact":
@@ -369,11 +378,12 @@ def _check_files(node: Node, m: Manifest) -> None:
         node.fail("files", ORDER, "that file if and only if the manifest has an order")
     names = {CONFIG, *map(flash_name, range(m.layers))}
     stride, records = m.record.stride, m.intermediate_size
+    size = records * stride + (0 if m.codec is None else records * LENGTH_BYTES)
     for layer in range(m.layers):
         entry = m.files[flash_name(layer)]
-        blocks = -(-records // block_records(stride))
+        blocks = -(-size // (block_records(stride) * stride))
         found = (entry.bytes, entry.data_offset, entry.block_records, len(entry.blocks))
-        expected = (ALIGN + records * stride, ALIGN, block_records(stride), blocks)
+        expected = (ALIGN + size, ALIGN, block_records(stride), blocks)
         if found != expected:
             node.fail(f"files.{flash_name(layer)}", found, f"bytes, data_offset, block_records, blocks {expected}")
     if PREDICTOR in m.files and not (m.predictor is not None and m.predictor.has_tensors):

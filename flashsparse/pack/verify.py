@@ -13,6 +13,7 @@ from pathlib import Path
 
 from flashsparse.errors import PackError
 from flashsparse.pack.checks import listed
+from flashsparse.pack.codec import flash_tensors, whole_records
 from flashsparse.pack.layout import FileDigest, FileEntry, flash_name
 from flashsparse.pack.manifest import PREDICTOR, RESIDENT, Manifest, read_manifest
 from flashsparse.pack.order import ORDER, read_orders
@@ -29,7 +30,7 @@ class Damage:
     """One thing wrong with one file. `first` and `last` are record numbers of a flash file, else byte offsets."""
 
     file: str
-    kind: str  # "missing", "size", "unreadable", "contents", "header", "records", "bytes"
+    kind: str  # "missing", "size", "unreadable", "contents", "header", "records", "lengths", "bytes"
     detail: str
     first: int | None = None
     last: int | None = None
@@ -91,12 +92,24 @@ def _compare(
 ) -> list[Damage]:
     """What differs between a file's entry and what was found; a changed size alone says enough of a small file."""
     if found.sha256 == entry.sha256:
+        if layer is not None and manifest.codec is not None:
+            return _stored(manifest, name, layer)
         return _order(manifest) if name == ORDER else []
     if layer is not None:
         return list(_flash(manifest, name, entry, found, layer))
     if name in (RESIDENT, PREDICTOR):
         return list(_tensors(manifest.path / name, name, entry, found))
     return [] if resized else [Damage(name, "contents", "does not match its checksum")]
+
+
+def _stored(manifest: Manifest, name: str, layer: int) -> list[Damage]:
+    """Compressed records whose bytes are what was written must also become records."""
+    try:
+        for _ in whole_records(manifest, layer):
+            pass
+    except PackError as problem:
+        return [Damage(name, "contents", str(problem))]
+    return []
 
 
 def _order(manifest: Manifest) -> list[Damage]:
@@ -140,7 +153,7 @@ def _bad_ranges(expected: FileEntry, found: FileEntry) -> Iterator[tuple[int, in
 
 def _flash(manifest: Manifest, name: str, entry: FileEntry, found: FileEntry, layer: int) -> Iterator[Damage]:
     ranges = list(_bad_ranges(entry, found))
-    header = header_bytes({"records": ("U8", (manifest.intermediate_size, manifest.record.stride))})
+    header = header_bytes(flash_tensors(manifest.intermediate_size, manifest.record.stride, manifest.codec))
     with open(manifest.path / name, "rb") as file:
         damaged_header = file.read(len(header)) != header
     if damaged_header or (not ranges and found.bytes == entry.bytes):
@@ -149,6 +162,9 @@ def _flash(manifest: Manifest, name: str, entry: FileEntry, found: FileEntry, la
     for start, end in ranges:
         first = start * entry.block_records
         last = min(end * entry.block_records, manifest.intermediate_size) - 1
+        if first > last:  # a codec's lengths, in a block of their own
+            yield Damage(name, "lengths", f"layer {layer}: the lengths of its records are damaged")
+            continue
         yield Damage(name, "records", f"layer {layer}: records {first}..{last} are damaged", first, last)
 
 

@@ -92,7 +92,9 @@ class Scenario:
         (self.source / "tokenizer.json").write_text("{}")
         other = write_checkpoint(work / "other", dtype="F16", seed=1, intermediate=32, vocab=16)
         self.options: dict[str, Any] = {"bits": bits, "group_size": 32}
-        replaces = name != "new"
+        if name == "zstd":
+            self.options["codec"] = name
+        replaces = name not in ("new", "zstd")
         assert in_child(lambda: convert(self.source, work / "expected", **self.options)) == 0
         if replaces:
             assert in_child(lambda: convert(other, work / "old", **self.options)) == 0

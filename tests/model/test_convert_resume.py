@@ -55,7 +55,8 @@ def stopped(source: Path, dst: Path, file: str = "flash-001.safetensors", **opti
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("bits", "scenario", "least"), [(16, "new", 60), (16, "replace", 60), (16, "no-swap", 25), (4, "new", 15)]
+    ("bits", "scenario", "least"),
+    [(16, "new", 60), (16, "replace", 60), (16, "no-swap", 25), (16, "zstd", 60), (4, "new", 15)],
 )
 def test_killed_at_every_step(tmp_path: Path, bits: int, scenario: str, least: int) -> None:
     command = [sys.executable, "-m", "tests.model.convert_kills", str(tmp_path), str(bits), scenario]
@@ -139,6 +140,12 @@ def test_resume_refuses_other_options(source: Path, tmp_path: Path, options: dic
     with pytest.raises(ConvertError) as caught:
         convert(source, tmp_path / "pack", **{"bits": 8, "resume": True} | options)
     assert named in str(caught.value) and "--force" in str(caught.value)
+
+
+def test_resume_refuses_another_codec(source: Path, tmp_path: Path) -> None:
+    stopped(source, tmp_path / "pack")
+    with pytest.raises(ConvertError, match="option codec: found 'zstd', expected None"):
+        convert(source, tmp_path / "pack", codec="zstd", resume=True)
 
 
 def test_resume_refuses_another_source(source: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from flashsparse import machine
 from flashsparse.cli import doctor as command
+from flashsparse.codec_outlook import CodecSample
 from flashsparse.errors import CheckpointError, UsageError
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, load_curve, save_curve
 from flashsparse.outlook import ASSUMED_DENSITY, ASSUMED_HITS, Shape, checkpoint_shape, expect
@@ -93,6 +94,24 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["memory"] > 0
     assert facts["outlook"]["tokens_per_second"] > 0
     assert facts["curve"]["sequential"] == 2e9
+
+
+def test_when_compressing_pays() -> None:
+    sample = CodecSample(8192, 1.6, 1e8, 4e8)
+    assert sample.pays_below == pytest.approx(1.5e8)
+    assert sample.gain(drive(1.5e8)) == pytest.approx(1)  # where it takes as long either way
+    assert sample.gain(drive(1e8)) > 1 > sample.gain(drive(1e9))
+    assert "would pay here (below 0.15 GB/s" in command.codec_lines(drive(1e8), sample)[0]
+    assert "does not pay here" in command.codec_lines(drive(1e9), sample)[0]
+    assert command.codec_lines(drive(1e9), None) == []
+
+
+def test_compressed_records_are_read_faster() -> None:
+    plain = shape("predict", 300)
+    packed = replace(plain, stored=4096)
+    assert expect(packed, drive(1e9), 10e9, 0.2, 0.5).read_s == pytest.approx(
+        expect(plain, drive(1e9), 10e9, 0.2, 0.5).read_s / 2
+    )
 
 
 def test_a_doubtful_curve_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

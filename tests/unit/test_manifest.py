@@ -194,7 +194,7 @@ def test_7b_record_matches_arithmetic() -> None:
         ("activation", {"name": "fatrelu", "param": -0.5, "source": "config"}, "activation.param: found -0.5"),
         ("activation/source", "guess", "activation.source"),
         ("activation/extra", 1, "unknown field activation.extra"),
-        ("codec", "zstd", "unknown field codec"),
+        ("codec", "lz4", "codec: found 'lz4', expected one of zstd"),
         ("record/order", [], "unknown field record.order"),
         ("files/config.json/mode", 420, "unknown field files.config.json.mode"),
         ("layers", 0, "layers: found 0, expected an integer >= 1"),
