@@ -37,7 +37,7 @@ test-slow: $(VENV)/.development
 
 # Part of test-slow too.
 test-metal: $(VENV)/.development
-	$(RUN) -m pytest -m "not reference" tests/metal/test_engine.py tests/metal/test_engine_path.py
+	$(RUN) -m pytest -m "not reference" tests/metal/test_engine.py
 
 # The kernels' NEON variant, on any machine. What is missing is said, and skips the run.
 ARM_CXX ?= aarch64-linux-gnu-g++

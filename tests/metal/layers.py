@@ -11,6 +11,7 @@ from metal_kernels.records import Record
 from tests.native.operands import Stored, store
 
 ACTIVATIONS = ("relu", "relu2", "fatrelu", "drelu", "silu")
+FORMATS = ("F32", "F16", "BF16", "Q8-F16", "Q4-BF16")  # each format of a record once
 PARAM = 0.25
 
 

@@ -14,16 +14,20 @@ from flashsparse.native.compact import Compact
 from flashsparse.native.compact import candidates as native_candidates
 from metal_kernels import select
 from metal_kernels.candidates import MARGIN, CompactCopy, candidates, candidates_reference
+from tests.compact_cases import (
+    activated,
+    at_the_edge,
+    check_sums_that_overflow,
+    check_what_is_not_finite,
+    check_zeros,
+    normal,
+    of_any_magnitude,
+)
 from tests.metal.test_select import kept_of
 from tests.native.operands import PLAIN, exact, store
-from tests.native.test_compact import activated
 
 pytestmark = pytest.mark.usefixtures("metal")
 PROPERTY = settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def metal_copy(data: np.ndarray, dtype: str, bias: np.ndarray | None) -> CompactCopy:
@@ -32,7 +36,9 @@ def metal_copy(data: np.ndarray, dtype: str, bias: np.ndarray | None) -> Compact
     return CompactCopy(*arrays, None if bias is None else mx.array(bias))
 
 
-def search(data: np.ndarray, dtype: str, x: np.ndarray, bias: np.ndarray | None, param: float | None) -> np.ndarray:
+def search(
+    data: np.ndarray, dtype: str, x: np.ndarray, bias: np.ndarray | None, param: float | None = None
+) -> np.ndarray:
     return kept_of(candidates(metal_copy(data, dtype, bias), mx.array(x), param), len(data))
 
 
@@ -91,27 +97,15 @@ def test_names_little_more_than_the_native_search() -> None:
 @PROPERTY
 @given(st.data())
 def test_misses_nothing_of_any_magnitude(data: st.DataObject) -> None:
-    """Weights and inputs over all of float32's range, denormals included, and scores that nearly cancel."""
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    dtype, cols = data.draw(st.sampled_from(PLAIN)), data.draw(st.sampled_from([32, 64, 160, 576]))
-    weights = rng.standard_normal((24, cols)) * 10.0 ** data.draw(st.integers(-45, 30))
-    x = rng.standard_normal((3, cols)) * 10.0 ** data.draw(st.integers(-45, 37))
-    if data.draw(st.booleans()):
-        x *= 10.0 ** rng.integers(-20, 1, cols)
-    with np.errstate(all="ignore"):
-        stored, x32 = store(weights.astype(np.float32), dtype).data, x.astype(np.float32)
-        bias = -(exact(stored, dtype) @ x32[0].astype(np.float64)).astype(np.float32)  # token 0: rounding decides
-        bias *= rng.choice([1, 1 + 2.0**-20, 1 - 2.0**-20, 0], 24).astype(np.float32)
-    check(stored, dtype, x32, np.where(np.isfinite(bias), bias, np.float32(0)))
+    stored, dtype, x, bias = of_any_magnitude(data, [32, 64, 160, 576])
+    check(stored, dtype, x, np.where(np.isfinite(bias), bias, np.float32(0)))
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
 def test_scores_at_the_edge(dtype: str) -> None:
-    """Rows that are zero in real numbers but for their rounding."""
-    half = store(normal(64, 288), dtype).data
-    data, x = np.concatenate([half, half], axis=1), normal(2, 288, seed=2)
-    check(data, dtype, np.concatenate([x, -x], axis=1))
-    check(data, dtype, np.concatenate([x, np.nextafter(-x, np.float32(0))], axis=1))
+    data, tokens = at_the_edge(dtype, rows=64, tokens=2)
+    for x in tokens:
+        check(data, dtype, x)
 
 
 def test_the_copys_error_is_needed_whole() -> None:
@@ -141,23 +135,12 @@ def test_the_rounding_of_the_exact_gate_is_needed() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_a_candidate(bad: float) -> None:
-    data, x, bias = normal(40, 128), normal(3, 128, seed=2), np.full(40, -1e6, np.float32)
-    x[1, 5] = bad
-    found = search(data, "F32", x, bias, None)
-    assert found[1].all() and not found[0].any() and not found[2].any()
-    data[7, 100], data[9, 3], bias[11] = bad, np.float32(3e38), np.nan
-    assert np.array_equal(np.flatnonzero(search(data, "F32", x[:1], bias, None)[0]), [7, 9, 11])
+    check_what_is_not_finite(search, bad)
 
 
 def test_zeros_are_out_and_sums_that_overflow_are_in() -> None:
-    data, x = normal(10, 96), normal(2, 96, seed=2)
-    data[4], x[1] = 0, 0
-    found = search(data, "F32", x, None, None)
-    assert not found[0, 4] and not found[1].any()
-    data, x = np.full((2, 128), 1e28, np.float32), np.full((1, 128), 1e10, np.float32)
-    data[1] *= -1
-    x[0, ::2] *= -1
-    assert search(data, "F32", x, None, None).all()
+    check_zeros(search, 96)
+    check_sums_that_overflow(search)
 
 
 def test_weights_that_a_gpu_may_flush_to_zero_are_candidates() -> None:

@@ -12,7 +12,7 @@ from flashsparse import native
 from flashsparse.sparsity.low_bit import LowBit, quantize_rows
 from metal_kernels import launch, select
 from tests.metal.harness import metal_on_cpu
-from tests.metal.layers import ACTIVATIONS
+from tests.metal.layers import ACTIVATIONS, FORMATS
 from tests.native.operands import store
 
 pytestmark = pytest.mark.usefixtures("metal")
@@ -150,14 +150,15 @@ def check_gate(
     assert np.array_equal(kept_of(bits, rows), np.array(found) != 0)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8-F16", "Q4-BF16"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_gates_of_every_type(kind: str) -> None:
     check_gate(np.random.default_rng(4), kind, 45, 160, 2, "relu", kind in ("F16", "Q4-BF16"))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gates_of_every_activation(activation: str) -> None:
-    check_gate(np.random.default_rng(5), "F32", 32, 96, 1, activation, False)
+def test_gates_of_every_activation(kind: str, activation: str) -> None:
+    check_gate(np.random.default_rng(5), kind, 32, 96, 1, activation, False)
 
 
 def test_gates_match_mlx_products() -> None:

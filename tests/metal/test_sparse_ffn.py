@@ -14,7 +14,7 @@ from metal_kernels import sparse_ffn
 from metal_kernels.sparse_ffn import TOLERANCE
 from tests.metal import golden
 from tests.metal.harness import metal_on_cpu
-from tests.metal.layers import ACTIVATIONS, Layer, hidden64, make_layer
+from tests.metal.layers import ACTIVATIONS, FORMATS, Layer, hidden64, make_layer
 from tests.native.operands import TYPES
 
 pytestmark = pytest.mark.usefixtures("metal")
@@ -68,13 +68,14 @@ def test_every_type_matches_float64(kind: str) -> None:
         check_layer(layer, rng.standard_normal((tokens, 160)).astype(np.float32))
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
-def test_every_activation_matches_float64(activation: str, gated: bool) -> None:
+def test_every_activation_matches_float64(kind: str, activation: str, gated: bool) -> None:
     if activation == "drelu" and not gated:
         pytest.skip("dReLU is two halves of a gated FFN")
     rng = np.random.default_rng(7)
-    layer = make_layer(rng, "F16", 9, 96, activation=activation, gated=gated, biased=True)
+    layer = make_layer(rng, kind, 9, 96, activation=activation, gated=gated, biased=True)
     check_layer(layer, rng.standard_normal((2, 96)).astype(np.float32))
 
 

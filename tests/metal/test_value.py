@@ -68,10 +68,11 @@ def test_values_have_the_native_kernels_bits(bits: int, group: int) -> None:
     check(bits, group, 45, 640, 3, "drelu", gated=True, biased=bits == 2)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize("gated", [True, False])
-def test_every_activation(name: str, gated: bool) -> None:
-    check(2, 64, 33, 192, 2, name, gated, biased=True)
+def test_every_activation(bits: int, name: str, gated: bool) -> None:
+    check(bits, 64, 33, 192, 2, name, gated, biased=True)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

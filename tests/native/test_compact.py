@@ -16,6 +16,15 @@ from converter.gate_copy import copy_rows
 from flashsparse import native
 from flashsparse.native.compact import GROUP, Compact, candidates
 from flashsparse.pack.layout import COPY_GROUP
+from tests.compact_cases import (
+    activated,
+    at_the_edge,
+    check_sums_that_overflow,
+    check_what_is_not_finite,
+    check_zeros,
+    normal,
+    of_any_magnitude,
+)
 from tests.native.operands import PLAIN, exact, store, variants
 
 ACTIVATIONS = [("relu", 0.0), ("relu2", 0.0), ("fatrelu", 0.0), ("fatrelu", 0.25), ("drelu", 0.0)]
@@ -27,10 +36,6 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.set_isa(request.param)
     yield request.param
     native.set_isa(best)
-
-
-def normal(*shape: int, seed: int = 1) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def compact(data: np.ndarray, dtype: str, bias: np.ndarray | None = None) -> Compact:
@@ -49,16 +54,9 @@ def search(
     return mask, ids[:count], refined
 
 
-def activated(
-    data: np.ndarray, dtype: str, bias: np.ndarray | None, x: np.ndarray, name: str, param: float
-) -> np.ndarray:
-    """What the layout with a resident gate computes."""
-    out = np.empty((len(x), len(data)), np.float32)
-    matrix = native.Matrix(data.ctypes.data, *data.shape, native.DTYPES[dtype], keep=data)
-    with native.Workers(1) as workers:
-        native.linear(workers, matrix, bias, x, out)
-    native.activate(out, native.ACTIVATIONS[name], param)
-    return out
+def found(data: np.ndarray, dtype: str, x: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """bool [T, rows]."""
+    return search(compact(data, dtype, bias), x)[0].astype(bool)
 
 
 def check(
@@ -102,59 +100,32 @@ def test_the_smallest_weights_have_a_scale() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_misses_nothing_of_any_magnitude(data: st.DataObject) -> None:
-    """Weights and inputs over all of float32's range, denormals included, and scores that nearly cancel."""
-    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
-    dtype, cols = data.draw(st.sampled_from(PLAIN)), data.draw(st.sampled_from([1, 17, 64, 130, 576]))
-    weights = rng.standard_normal((24, cols)) * 10.0 ** data.draw(st.integers(-45, 30))
-    x = rng.standard_normal((3, cols)) * 10.0 ** data.draw(st.integers(-45, 37))
-    if data.draw(st.booleans()):
-        x *= 10.0 ** rng.integers(-20, 1, cols)
-    with np.errstate(all="ignore"):
-        stored, x32 = store(weights.astype(np.float32), dtype).data, x.astype(np.float32)
-        bias = -(exact(stored, dtype) @ x32[0].astype(np.float64)).astype(np.float32)  # token 0: rounding decides
-        bias *= rng.choice([1, 1 + 2.0**-20, 1 - 2.0**-20, 0], 24).astype(np.float32)
-    check(stored, dtype, x32, np.where(np.isfinite(bias), bias, np.float32(0)))
-    check(stored, dtype, x32)
+    stored, dtype, x, bias = of_any_magnitude(data, [1, 17, 64, 130, 576])
+    check(stored, dtype, x, np.where(np.isfinite(bias), bias, np.float32(0)))
+    check(stored, dtype, x)
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
 def test_scores_at_the_edge(dtype: str) -> None:
-    """Rows that are zero in real numbers but for their rounding; most of them must stay candidates."""
-    half = store(normal(200, 288), dtype).data
-    data = np.concatenate([half, half], axis=1)
-    x = normal(4, 288, seed=2)
-    check(data, dtype, np.concatenate([x, -x], axis=1))
-    check(data, dtype, np.concatenate([x, np.nextafter(-x, np.float32(0))], axis=1))
+    data, tokens = at_the_edge(dtype, rows=200, tokens=4)
+    for x in tokens:
+        check(data, dtype, x)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_a_candidate(bad: float) -> None:
-    data, x, bias = normal(40, 128), normal(3, 128, seed=2), np.full(40, -1e6, np.float32)
-    copy = compact(data, "F32", bias)
+    check_what_is_not_finite(found, bad)
+    x = normal(3, 128, seed=2)
     x[1, 5] = bad
-    mask, _, _ = search(copy, x)
-    assert mask[1].all() and not mask[0].any() and not mask[2].any()
-    data[7, 100], data[9, 3], bias[11] = bad, np.float32(3e38), np.nan
-    mask, _, _ = search(compact(data, "F32", bias), x[:1])
-    assert np.array_equal(np.flatnonzero(mask[0]), [7, 9, 11])
-    data[:] = 0
-    assert search(compact(data, "F32"), x)[0].tolist() == [[0] * 40, [1] * 40, [0] * 40]
+    assert found(np.zeros((40, 128), np.float32), "F32", x, None).tolist() == [[False] * 40, [True] * 40, [False] * 40]
 
 
 def test_zeros_are_out() -> None:
-    data, x = normal(10, 70), normal(2, 70, seed=2)
-    data[4] = 0
-    x[1] = 0
-    mask, _, _ = search(compact(data, "F32"), x)
-    assert not mask[0, 4] and not mask[1].any()
+    check_zeros(found, 70)
 
 
 def test_sums_that_overflow_are_candidates() -> None:
-    data = np.full((2, 128), 1e28, np.float32)
-    data[1] *= -1
-    x = np.full((1, 128), 1e10, np.float32)
-    x[0, ::2] *= -1
-    assert search(compact(data, "F32"), x)[0].all()
+    check_sums_that_overflow(found)
 
 
 @pytest.mark.parametrize("cols", [64, 200, 1088])
