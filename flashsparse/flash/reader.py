@@ -17,7 +17,7 @@ import numpy as np
 
 from flashsparse.errors import FlashReadError, NativeLibraryError, SessionError
 from flashsparse.flash.file import FlashFile
-from flashsparse.native.library import CReadError, lib
+from flashsparse.native.library import CReadError, lib, process
 
 READ = np.dtype(
     [("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("fd", "<i4"), ("reserved", "<i4")]
@@ -50,7 +50,7 @@ class ReadPool:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
         self.threads, self.closed = threads, False
-        self._process, self._numbers = os.getpid(), itertools.count(1)
+        self._process, self._numbers = process(), itertools.count(1)
         self._handle = lib().fs_pool_create(threads, staging)
         if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} read threads")
@@ -58,7 +58,7 @@ class ReadPool:
     @property
     def forked(self) -> bool:
         """Whether this is another process than the one that made the pool."""
-        return self._process != os.getpid()
+        return self._process != process()
 
     @property
     def handle(self) -> int:

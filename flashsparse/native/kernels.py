@@ -7,13 +7,12 @@ caller's arrays. Addresses handed in (weights, records) must stay alive during t
 from __future__ import annotations
 
 import ctypes
-import os
 from types import TracebackType
 
 import numpy as np
 
 from flashsparse.errors import NativeLibraryError, SessionError
-from flashsparse.native.library import CMatrix, CRecord, lib
+from flashsparse.native.library import CMatrix, CRecord, lib, process
 
 DTYPES = {"F32": 0, "F16": 1, "BF16": 2, "Q8": 3, "Q4": 4, "Q1": 5, "Q2": 6, "Q3": 7}
 ACTIVATIONS = {"silu": 0, "relu": 1, "relu2": 2, "fatrelu": 3, "drelu": 4}
@@ -38,7 +37,7 @@ class Workers:
     def __init__(self, threads: int) -> None:
         if threads < 1:
             raise ValueError(f"threads must be at least 1, not {threads}")
-        self.threads, self.closed, self._process = threads, False, os.getpid()
+        self.threads, self.closed, self._process = threads, False, process()
         self._handle = lib().fs_workers_create(threads)
         if not self._handle:
             raise NativeLibraryError(f"cannot start {threads} compute threads")
@@ -46,7 +45,7 @@ class Workers:
     @property
     def handle(self) -> int:
         """What the library knows them by. Raises ValueError when closed, SessionError in a fork."""
-        if self._process != os.getpid():
+        if self._process != process():
             raise SessionError("the compute threads were created before fork; load the pack again in this process")
         if self.closed:
             raise ValueError("these workers are closed")
@@ -55,12 +54,12 @@ class Workers:
     def close(self) -> None:
         """Wait for a call that another thread is inside, then stop the threads. Idempotent; later calls are refused."""
         self.closed = True
-        if self._process == os.getpid():
+        if self._process == process():
             lib().fs_workers_stop(self._handle)
 
     def __del__(self) -> None:
         # Only here is nobody inside a call: a caller holds the workers.
-        if getattr(self, "_handle", None) and self._process == os.getpid():
+        if getattr(self, "_handle", None) and self._process == process():
             lib().fs_workers_destroy(self._handle)
 
     def __enter__(self) -> Workers:

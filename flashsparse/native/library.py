@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from importlib import resources
@@ -14,6 +15,15 @@ from flashsparse.errors import NativeLibraryError
 ABI_VERSION = 6
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
+
+
+_process = [os.getpid()]  # kept, since asking takes microseconds on some machines and every native call asks
+os.register_at_fork(after_in_child=lambda: _process.__setitem__(0, os.getpid()))
+
+
+def process() -> int:
+    """This process's id; a fork has another."""
+    return _process[0]
 
 
 class CMatrix(ctypes.Structure):

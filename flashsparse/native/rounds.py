@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import os
 from array import array
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ import numpy as np
 from flashsparse.errors import FlashReadError, NativeLibraryError
 from flashsparse.flash.reader import read_error
 from flashsparse.native.kernels import Record, Workers, _address, data_address
-from flashsparse.native.library import CHome, CInput, lib
+from flashsparse.native.library import CHome, CInput, lib, process
 
 if TYPE_CHECKING:
     from flashsparse.flash import ReadPool
@@ -33,7 +32,7 @@ class Rounds:
     """What the layers of an engine share. Belongs to the process that made it: SessionError in a fork."""
 
     def __init__(self, pool: ReadPool, workers: Workers) -> None:
-        self._pool, self._workers, self._process = pool, workers, os.getpid()
+        self._pool, self._workers, self._process = pool, workers, process()
         self._handle = lib().fs_rounds_create(pool.handle, workers.handle)
         if not self._handle:
             raise NativeLibraryError("no memory to prepare reads in")
@@ -55,7 +54,7 @@ class Rounds:
         return found
 
     def __del__(self) -> None:
-        if getattr(self, "_handle", None) and self._process == os.getpid():
+        if getattr(self, "_handle", None) and self._process == process():
             # Collected in a cycle, this may be finalized after its pool.
             lib().fs_rounds_destroy(self._handle, self._pool._handle is not None)
             self._handle = None

@@ -165,19 +165,22 @@ void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, const Batch& batc
 void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
     int64_t n = batch->waiting;
     batch->done.reserve(batch->reads.size());
-    std::unique_lock<std::mutex> lock(mutex_);
-    await_memory(lock, *batch);
-    batches_[id] = batch;
-    if (n > 0) queue_.push_back(batch);
-    if (n >= int64_t(threads_.size())) work_.notify_all();
-    else for (int64_t i = 0; i < n; i++) work_.notify_one();
+    {
+        std::unique_lock<std::mutex> lock(mutex_);
+        await_memory(lock, *batch);
+        batches_[id] = batch;
+        if (n > 0) queue_.push_back(batch);
+    }
+    // Who submits has more to do than to wake everybody: two threads are woken, and each wakes the next.
+    for (int64_t i = 0; i < std::min<int64_t>(n, 2); i++) work_.notify_one();
 }
 
 void fs_pool::work(int index) {
     Outcome outcomes[kMostRecords];
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+        const bool sleeping = !stop_ && queue_.empty();
+        if (sleeping) work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
         if (stop_) return;
         std::shared_ptr<Batch> batch = queue_.front();
         int64_t run = batch->order[size_t(batch->next++)];
@@ -185,7 +188,9 @@ void fs_pool::work(int index) {
         if (--batch->waiting == 0) queue_.pop_front();
         auto start = Clock::now();
         if (running_++ == 0) since_ = start;
+        const bool more = sleeping && !queue_.empty();
         lock.unlock();
+        if (more) work_.notify_one();
         const int32_t first = batch->firsts[size_t(run)], last = batch->firsts[size_t(run) + 1];
         int64_t arrived = read_run(&batch->reads[size_t(first)], last - first, staging_.of(index),
                                    staging_.each, outcomes);
