@@ -15,7 +15,7 @@ import numpy as np
 
 from converter.model import LayerWeights
 from converter.predict_options import AUTO, BITS, DEFAULT_BITS, SIZING_RECALL, THRESHOLD_BITS, PredictOptions
-from converter.predictors.copies import Copies, fit_gate_copy, fit_gate_up_copy
+from converter.predictors.copies import Copies, fit_gate_copy, fit_gate_up_copy, weighed
 from converter.predictors.low_rank import LowRank, Moments, truncated_svd, whitened_svd
 from converter.predictors.powerinfer import Imported
 from converter.predictors.sizing import Candidate, choose, copy_bytes, low_rank_bytes
@@ -61,6 +61,11 @@ class Recipe:
     override: str | None = None
     thresholds: Thresholds | None = None
     imported: Imported | None = None
+
+    @property
+    def by_value(self) -> bool:
+        """Whether thresholds are found for scores in proportion to value: not a file's, nor for plain recall."""
+        return self.thresholds is None and self.options.target not in (None, "recall")
 
     @property
     def sizes(self) -> list[tuple[int | None, int | None]]:
@@ -293,7 +298,8 @@ def _copies(recipe: Recipe, weights: LayerWeights, tokens: LayerTokens | None, b
     gate, bias, group = weights.scoring, weights.scoring_bias, fitting_group(recipe.hidden)
     inputs = None if tokens is None else tokens.moments
     if recipe.score == "gate_copy":
-        return fit_gate_copy(gate, bias, bits, group, inputs)
+        copy = fit_gate_copy(gate, bias, bits, group, inputs)
+        return weighed(copy, weights, recipe.activation.name, recipe.activation.param) if recipe.by_value else copy
     gated = weights.gate is not None
     # Thresholds on |h| alone: the norms are left out of the score.
     plain = recipe.thresholds is not None and recipe.thresholds.quantity == "hidden"

@@ -12,7 +12,7 @@ import numpy as np
 
 from bench.predictors.data import LayerData
 from converter.model import Model
-from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy
+from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy, weighed
 from converter.predictors.low_rank import LowRank, truncated_svd, whitened_svd
 from converter.predictors.train import Settings, labels, train
 from flashsparse.sparsity.activations import activate, has_zeros
@@ -96,7 +96,8 @@ class _Kit:
                     )
                 )
             else:
-                made.append(fit_gate_copy(w.scoring, w.scoring_bias, bits, self.group, inputs=known))
+                copy = fit_gate_copy(w.scoring, w.scoring_bias, bits, self.group, inputs=known)
+                made.append(copy if plain else weighed(copy, w, self.name, self.param))
         size = sum(sum(t.nbytes for t in copies.tensors().values()) for copies in made)
         layers = [lambda x, c=copies: c.scores(self.name, self.param, x) for copies in made]
         return Fitted(name, size / self.ffn_bytes, layers)

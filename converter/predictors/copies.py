@@ -6,10 +6,11 @@ is its first linear layer, bias included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from converter.model import LayerWeights
 from converter.predictors.compensated import quantize_compensated
 from converter.predictors.low_rank import Moments, input_covariance
 from converter.predictors.products import matmul
@@ -18,6 +19,7 @@ from flashsparse.sparsity.selection import scores_from_gate, scores_from_gate_up
 
 Inputs = Moments | np.ndarray | None
 _MEAN_KEPT = 0.01  # of the mean's power where a bias takes up its error: other text has a slightly different mean
+_RANGE = 16.0  # rows are weighed by at most this, and at least its inverse
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,35 @@ class Copies:
             return scores_from_gate(name, param, gate)
         up = None if self.up is None else _linear(self.up, self.up_bias, x)
         return scores_from_gate_up(name, param, gate, up, self.norms)
+
+
+def weighed(copy: Copies, weights: LayerWeights, name: str, param: float | None) -> Copies:
+    """A gate copy whose scores are in proportion to what a neuron is worth rather than to its gate, at no cost.
+
+    A neuron's value is act(g) |u| ||down||, and |u| is about in proportion to the norm of its up row: rows are
+    multiplied with the product of both norms (relu2: its root), through their scales and biases. Signs stay, so this is
+    for scores of which only the order and the sign count; other activations' copies come back as they are.
+    """
+    if name not in ("relu", "relu2", "drelu", "fatrelu") or (name == "fatrelu" and param):
+        return copy
+    norms = weights.down_norms.astype(np.float64)
+    if weights.gate is not None:
+        norms = norms * np.linalg.norm(weights.up, axis=1)
+    worth = _relative(np.sqrt(norms) if name == "relu2" else norms)
+    gate = copy.gate
+    scales, biases = ((part * worth[:, None]).astype(part.dtype) for part in (gate.scales, gate.biases))
+    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+        return copy
+    bias = None if copy.bias is None else copy.bias * worth
+    return replace(copy, gate=replace(gate, scales=scales, biases=biases), bias=bias)
+
+
+def _relative(worth: np.ndarray) -> np.ndarray:
+    """float32, over their mean, within what scales in 16 bits hold without losing digits."""
+    mean = worth.mean()
+    if not (np.isfinite(mean) and mean > 0):
+        return np.ones(len(worth), np.float32)
+    return np.clip(worth / mean, 1 / _RANGE, _RANGE).astype(np.float32)
 
 
 def fit_gate_copy(

@@ -217,8 +217,8 @@ def test_curves_are_met_between_their_points() -> None:
 
 
 def test_ppl_ratio(source: Path, tmp_path: Path, text: Path) -> None:
-    loose = predict(source, tmp_path / "loose", text, target="ppl-ratio:1.2", predictor_bits=4)
-    tight = predict(source, tmp_path / "tight", text, target="ppl-ratio:1.01", predictor_bits=4)
+    loose = predict(source, tmp_path / "loose", text, target="ppl-ratio:1.2")
+    tight = predict(source, tmp_path / "tight", text, target="ppl-ratio:1.01")
     assert loose.predictor is not None and tight.predictor is not None
     assert (tight.predictor.target, tight.predictor.target_value) == ("ppl_ratio", 1.01)
     assert loose.predictor.calibrated_density is not None and tight.predictor.calibrated_density is not None

@@ -26,7 +26,7 @@ from tests.model.predict_packs import predictor_tensors, write_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO, TEXT, OTHER_TEXT = ROOT / "flashsparse" / "demo_model", ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-LAYER = LayerSpec(bits=2, group_size=64, threshold=0.1)
+LAYER = LayerSpec(bits=2, group_size=64, threshold=0.3)
 TOKENS, WINDOW = 300, 128
 SMALL = ("--tokens", str(TOKENS), "--window", str(WINDOW))
 KEYS = {
@@ -83,7 +83,7 @@ class Masks:
         self.copy, self.norms = quantize_rows(weights.scoring, 2, 64, search=False), weights.down_norms
 
     def visit(self, block: Block) -> np.ndarray:
-        predicted = self.copy.product(block.x) >= np.float32(0.1)
+        predicted = self.copy.product(block.x) >= np.float32(0.3)
         self.sets[block.layer].add(predicted, block.gate > 0, np.abs(block.hidden) * self.norms)
         return predicted
 

@@ -193,11 +193,11 @@ def test_other_text_can_give_the_thresholds(tmp_path: Path) -> None:
 
 
 def test_cett_beats_top_k_and_fat_on_the_demo_model() -> None:
-    """The published shape: fewer neurons at a lower perplexity. The settings cost about two per cent each."""
+    """The published shape: fewer neurons at a lower perplexity. The settings cost between one and five per cent."""
     with open_model(DEMO) as demo:
         ids = demo.tokenizer().encode(CARD.read_text())[:384]
         with open_sparsing(demo, [np.array(ids)], ("topk", "fat", "pplp"), sample_tokens=96) as measured:
-            cett, top_k, fat = (measured.at(*one) for one in (("pplp", 0.1), ("topk", 0.12), ("fat", 0.21)))
+            cett, top_k, fat = (measured.at(*one) for one in (("pplp", 0.06), ("topk", 0.1), ("fat", 0.21)))
     for other in (top_k, fat):
         assert cett.activation_ratio < 0.85 * other.activation_ratio
         assert cett.ppl_ratio < other.ppl_ratio

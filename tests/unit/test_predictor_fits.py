@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
 import converter.predictors.products as products
 from converter.predictors.compensated import quantize_compensated
-from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy
+from converter.predictors.copies import fit_gate_copy, fit_gate_up_copy, weighed
 from converter.predictors.lookahead import (
     HintCounts,
     fit_hint,
@@ -311,3 +314,44 @@ def test_the_tokens_held_out_are_the_last() -> None:
     for tokens, share in ((1, 0.5), (10, 1.0)):
         with pytest.raises(UsageError, match="hold out"):
             hold_out(tokens, share)
+
+
+def test_rows_are_weighed_by_what_a_neuron_is_worth(layer: Layer) -> None:
+    layer.down[:, ::3] *= 4
+    weights: Any = SimpleNamespace(gate=layer.gate, up=layer.up, down_norms=np.linalg.norm(layer.down, axis=0))
+    copy = fit_gate_copy(layer.gate, layer.bias, 3, 64, layer.moments())
+    by_value = weighed(copy, weights, "relu", None)
+    plain, found = (each.scores("relu", None, layer.x) for each in (copy, by_value))
+    worth = weights.down_norms * np.linalg.norm(layer.up, axis=1)
+    np.testing.assert_allclose(found, plain * worth / worth.mean(), rtol=2e-3, atol=0.1)  # scales are of 16 bits
+    gate, up = layer.x @ layer.gate.T + layer.bias, layer.x @ layer.up.T
+    values = np.maximum(gate, 0) * np.abs(up) * weights.down_norms
+    kept = [values[one >= np.sort(one, axis=None)[-one.size // 20]].sum() for one in (plain, found)]
+    assert kept[1] > 1.05 * kept[0]
+
+
+@pytest.mark.parametrize(("name", "param", "power"), [("relu2", None, 0.5), ("drelu", None, 1), ("fatrelu", 0.0, 1)])
+def test_weighing_follows_the_activation(layer: Layer, name: str, param: float | None, power: float) -> None:
+    weights: Any = SimpleNamespace(gate=None, up=layer.gate, down_norms=np.geomspace(1, 9, WIDTH, dtype=np.float32))
+    copy = fit_gate_copy(layer.gate, layer.bias, 4, 64)
+    found = weighed(copy, weights, name, param)
+    assert found.bias is not None and copy.bias is not None and found.gate.scales.dtype == np.float16
+    worth = weights.down_norms**power
+    np.testing.assert_allclose(found.bias / copy.bias, worth / worth.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "param"), [("silu", None), ("fatrelu", 0.01)])
+def test_scores_whose_size_counts_are_not_weighed(layer: Layer, name: str, param: float | None) -> None:
+    weights: Any = SimpleNamespace(gate=None, up=layer.gate, down_norms=np.linalg.norm(layer.down, axis=0))
+    copy = fit_gate_copy(layer.gate, layer.bias, 2, 64)
+    assert weighed(copy, weights, name, param) is copy
+
+
+def test_neurons_that_are_worth_nothing_or_everything(layer: Layer) -> None:
+    copy = fit_gate_copy(layer.gate, None, 2, 64)
+    for one, rest in ((0, 0), (1e9, 1), (np.inf, 1)):
+        norms = np.where(np.arange(WIDTH) == 3, np.float32(one), np.float32(rest))
+        weights: Any = SimpleNamespace(gate=None, up=layer.gate, down_norms=norms)
+        found = weighed(copy, weights, "relu", None)
+        assert np.isfinite(found.scores("relu", None, layer.x)).all()
+        assert (np.sign(found.gate.scales) == np.sign(copy.gate.scales)).all()
