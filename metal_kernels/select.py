@@ -253,6 +253,38 @@ def bits_reference(kept: mx.array) -> mx.array:
     return (padded.astype(mx.uint32) << mx.arange(32).astype(mx.uint32)).sum(axis=2).astype(mx.uint32)
 
 
+def kept_reference(bits: mx.array, neurons: int) -> mx.array:
+    """bool [T, neurons] of bits [T, words]: the inverse of `bits_reference`."""
+    spread = (bits[..., None] >> mx.arange(32).astype(mx.uint32)) & 1
+    return spread.reshape(bits.shape[0], -1)[:, :neurons] != 0
+
+
+def compact_reference(bits: mx.array, neurons: int) -> tuple[mx.array, mx.array, mx.array]:
+    """What `compact` makes; beyond their number the ids are `neurons`."""
+    kept = kept_reference(bits, neurons)
+    listed = kept.any(axis=0)
+    ids = mx.sort(mx.where(listed, mx.arange(neurons), mx.full((neurons,), neurons, mx.int32))).astype(mx.int32)
+    mask = mx.take(kept, mx.minimum(ids, neurons - 1), axis=1)
+    return ids, listed.sum(keepdims=True).astype(mx.int32), mask.astype(mx.uint8)
+
+
+def lookup_reference(
+    ids: mx.array, count: mx.array, slot_of: mx.array, begin: mx.array, slot_bytes: int | mx.array
+) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array, mx.array]:
+    """What `lookup` makes; what is undefined there are places that exist."""
+    n = ids.shape[0]
+    at = mx.arange(n)
+    listed = at < count
+    slots = mx.where(listed, mx.take(slot_of, mx.where(listed, ids, 0)), -1)
+    hit, missed, places = listed & (slots >= 0), listed & (slots < 0), mx.maximum(slots, 0)
+    offsets = places.astype(mx.int64) * slot_bytes + mx.take(begin, places)
+    hit_cols, miss_cols = (mx.sort(mx.where(kept, at, n)).astype(mx.int32) for kept in (hit, missed))
+    totals = mx.stack([hit.sum(), missed.sum()]).astype(mx.int32)
+    inside = mx.where(at < totals[0], hit_cols, hit_cols[0] % n)
+    miss_ids = mx.take(ids, mx.minimum(miss_cols, n - 1))
+    return mx.where(hit, offsets, -1), mx.take(offsets, inside), hit_cols, miss_ids, miss_cols, totals
+
+
 def topk_reference(scores: mx.array, k: int, threshold: float) -> mx.array:
     """bool [T, I]: the neurons whose bit `topk` sets."""
     key = mx.where(mx.isnan(scores), mx.full(scores.shape, float("inf")), scores)

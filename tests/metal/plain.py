@@ -24,12 +24,6 @@ def _named(table: dict[str, int], number: int) -> str:
     return next(name for name, value in table.items() if value == number)
 
 
-def _unpacked(bits: mx.array, neurons: int) -> mx.array:
-    """bool [T, neurons] of words [T, n]."""
-    spread = (bits[..., None] >> mx.arange(32).astype(mx.uint32)) & 1
-    return spread.reshape(bits.shape[0], -1)[:, :neurons] != 0
-
-
 def _record(inputs: Arrays, template: Arrays) -> Record:
     gate, gate_bias, up, up_bias, down, d = np.array(inputs["layout"]).tolist()
     form = _named(FORMATS, template["FORMAT"])
@@ -117,12 +111,7 @@ def _topk(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array]:
 
 
 def _compact(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array]:
-    neurons = int(np.array(inputs["limits"])[0])
-    kept = _unpacked(inputs["bits"], neurons)
-    any_of = kept.any(axis=0)
-    ids = mx.sort(mx.where(any_of, mx.arange(neurons), mx.full((neurons,), neurons, mx.int32)))
-    mask = mx.take(kept, mx.minimum(ids, neurons - 1), axis=1)
-    return [ids.astype(mx.int32), any_of.sum(keepdims=True).astype(mx.int32), mask.astype(mx.uint8)]
+    return list(select.compact_reference(inputs["bits"], int(np.array(inputs["limits"])[0])))
 
 
 def _candidates_round(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array]:
@@ -138,22 +127,7 @@ def _candidates(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array
 
 
 def _lookup(inputs: Arrays, template: Arrays, call: Arrays) -> list[mx.array]:
-    """What the kernel leaves undefined are places that exist here: other stand-ins compute them and drop the result."""
-    ids, slot_of, n = inputs["ids"], inputs["slot_of"], inputs["ids"].shape[0]
-    at = mx.arange(n)
-    listed = at < inputs["count"]
-    slots = mx.where(listed, mx.take(slot_of, mx.where(listed, ids, 0)), -1)
-    hit, missed = listed & (slots >= 0), listed & (slots < 0)
-    places = mx.maximum(slots, 0)
-    offsets = places.astype(mx.int64) * inputs["slot_bytes"] + mx.take(inputs["begin"], places)
-    hit_cols, miss_cols = (mx.sort(mx.where(kept, at, n)) for kept in (hit, missed))
-    hits, misses = hit.sum(), missed.sum()
-    inside = mx.where(at < hits, hit_cols, hit_cols[0] % n)
-    totals = mx.stack([hits, misses]).astype(mx.int32)
-    miss_ids = mx.take(ids, mx.minimum(miss_cols, n - 1))
-    lists = [mx.where(hit, offsets, -1), mx.take(offsets, inside), hit_cols, miss_ids, miss_cols]
-    kinds = (mx.int64, mx.int64, mx.int32, mx.int32, mx.int32)
-    return [*(each.astype(kind) for each, kind in zip(lists, kinds, strict=True)), totals]
+    return list(select.lookup_reference(*(inputs[name] for name in ("ids", "count", "slot_of", "begin", "slot_bytes"))))
 
 
 KERNELS: dict[str, Callable[[Arrays, Arrays, Arrays], list[mx.array]]] = {

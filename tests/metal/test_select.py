@@ -185,6 +185,9 @@ def check_compact(kept: np.ndarray) -> None:
     assert count.tolist() == [len(expected)]
     assert np.array_equal(ids[: len(expected)], expected)
     assert np.array_equal(mask[:, : len(expected)], kept[:, expected])
+    reference = [np.array(a) for a in select.compact_reference(bits, neurons)]
+    assert np.array_equal(reference[0][: len(expected)], expected) and reference[1].tolist() == count.tolist()
+    assert np.array_equal(reference[2][:, : len(expected)], kept[:, expected])
 
 
 @PROPERTY
@@ -227,9 +230,18 @@ def test_slots_of_any_list(seed: int, capacity: int, held: float, share: float) 
     slot_of[cached] = slots[: len(cached)]
     begin = rng.integers(0, 64, records).astype(np.int32) * 64
     slot_bytes = 3 << 30  # offsets pass 2^31 at the first slot
-    made = select.lookup(mx.array(ids), mx.array([count], mx.int32), mx.array(slot_of), mx.array(begin), slot_bytes)
+    operands = mx.array(ids), mx.array([count], mx.int32), mx.array(slot_of), mx.array(begin), slot_bytes
+    for make in (select.lookup, select.lookup_reference):
+        check_lookup(ids[:count], slot_of, begin, slot_bytes, make(*operands))
+
+
+def check_lookup(
+    ids: np.ndarray, slot_of: np.ndarray, begin: np.ndarray, slot_bytes: int, made: tuple[mx.array, ...]
+) -> None:
+    """`made` is what `lookup` makes of the ids."""
     offsets, hit_offsets, hit_cols, miss_ids, miss_cols, totals = (np.array(a) for a in made)
-    slot = slot_of[ids[:count]]
+    count = len(ids)
+    slot = slot_of[ids]
     expected = np.where(slot < 0, -1, slot.astype(np.int64) * slot_bytes + begin[slot])
     hits, misses = np.flatnonzero(slot >= 0), np.flatnonzero(slot < 0)
     assert np.array_equal(offsets[:count], expected)
