@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from converter.bundles import records
+from converter.density import published_activity
 from converter.gate_copy import copy_rows
 from converter.order import published_orders
 from converter.plan import Plan
@@ -29,6 +30,9 @@ def difference(checkpoint: Checkpoint, plan: Plan, dst: Path) -> str:
     try:
         found = Manifest.load(dst)
         text, plan = published_orders(plan, found)
+        if text:
+            return text
+        text, plan = published_activity(plan, found)
         if text:
             return text
         text, plan = _predictor(checkpoint, plan, found)

@@ -13,6 +13,7 @@ from typing import Any
 
 from converter.bundles import write_records
 from converter.compare import difference
+from converter.density import density_options, find_densities
 from converter.disk import FULL_ERRNOS, OutputFile, sync_directory
 from converter.hub import find_source
 from converter.journal import Journal
@@ -74,7 +75,8 @@ def convert(
     one when there is none, and succeeds at once when the pack is complete; `force` replaces a pack at `dst`.
 
     `order` is that of the records on flash: source, random[:SEED], or frequency or coactivation as measured on the
-    first `calibrate_tokens` (10000) of the texts `calibrate`.
+    first `calibrate_tokens` (10000) of the texts `calibrate`. With `calibrate`, tier exact records how many neurons of
+    each layer their tokens need, and slots are divided by that.
 
     `codec` "zstd" stores records of 16-bit floats compressed, without loss, each where it would lie anyway.
 
@@ -102,8 +104,9 @@ def convert(
         target=target,
     )
     ordering = order_options(order, found)
+    density, found = density_options(found, tier)
     predict = predict_options(without_texts(found, ordering, tier), tier)
-    options = Options(bits, group_size, tier, gate, activation, predict, ordering, codec)
+    options = Options(bits, group_size, tier, gate, activation, predict, ordering, codec, density)
     pack = _destination(dst)
     if os.path.lexists(pack) and not (resume or force):
         raise _exists(pack)
@@ -239,6 +242,7 @@ class _Run:
         if self.journal.digest is None or _digest(self.staging.pack) != self.journal.digest:
             self._fit()
             self._order()
+            self._densities()
             self._write_files()
             self._check_unchanged(source)
             self._write_manifest()
@@ -263,6 +267,12 @@ class _Run:
             directory, work = self.checkpoint.directory, self.staging.calibration
             orders = find_orders(self.plan, directory, work, self.override, self.fitting)
             self.plan = reordered(self.plan, orders)
+
+    def _densities(self) -> None:
+        """In tier exact with a text: how many neurons of each layer a token needs."""
+        if self.plan.density is not None:
+            directory, work = self.checkpoint.directory, self.staging.calibration
+            self.plan = find_densities(self.plan, directory, work, self.override, self.fitting)
 
     def _write_files(self) -> None:
         sizes = self.plan.sizes

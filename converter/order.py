@@ -7,7 +7,7 @@ The orders themselves are found by `ordering`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from converter.calibrate import calibrate
+from converter.calibrate import Collector, calibrate
 from converter.disk import OutputFile
 from converter.model import LayerWeights
 from converter.ordering import coactivation_order, frequency_order, random_order
@@ -144,25 +144,41 @@ def find_orders(plan: Plan, source: Path, work: Path, override: str | None, prog
         found = [random_order(plan.records, options.seed or 0, layer) for layer in range(layers)]
         return Orders(options.spec(0), np.stack(found))
     if plan.recipe is None:
-        _measure(options, activity, source, work, override, progress)
+        measured = Measured(options.texts, options.tokens, options.window)
+        measure_texts(measured, [Ordering(options, activity)], source, work, override, progress)
     header = read_header(work / TENSORS, CheckpointError)
     found = [read_tensor(header, f"layers.{layer}.{TENSOR_NAME}") for layer in range(layers)]
     return Orders(options.spec(int(read_description(work)["tokens"])), np.stack(found))
 
 
-def _measure(
-    options: OrderOptions, activity: Activity, source: Path, work: Path, override: str | None, progress: Progress | None
+@dataclass(frozen=True)
+class Measured:
+    """Texts to walk, how many of their tokens, and in which windows."""
+
+    texts: tuple[Path, ...]
+    tokens: int
+    window: int | None
+
+
+def measure_texts(
+    measured: Measured,
+    extra: Sequence[Collector],
+    source: Path,
+    work: Path,
+    override: str | None,
+    progress: Progress | None,
 ) -> None:
+    """Walk the texts through the model, with `extra` collectors; results are left in `work`, and found there again."""
     try:
         calibrate(
             source,
-            options.texts,
+            measured.texts,
             out=work,
-            tokens=options.tokens,
-            window=options.window,
+            tokens=measured.tokens,
+            window=measured.window,
             activation=override,
             progress=progress,
-            extra=[Ordering(options, activity)],
+            extra=extra,
         )
     except ConvertError as problem:
         if isinstance(problem.__cause__, OSError):  # whoever converts says what is kept and how to go on

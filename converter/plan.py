@@ -37,7 +37,9 @@ from flashsparse.pack.order import ORDER, TENSOR
 from flashsparse.pack.safetensors import ALIGN, header_bytes, shape_bytes, storage_order
 
 if TYPE_CHECKING:
+    from converter.density import DensityOptions
     from converter.order import OrderOptions, Orders
+    from flashsparse.pack.activity import ActivitySpec
 
 BITS = (4, 8, 16)
 GROUP_SIZES = (32, 64, 128)
@@ -58,6 +60,7 @@ class Options:
     predict: PredictOptions | None = None
     order: OrderOptions | None = None
     codec: str | None = None
+    density: DensityOptions | None = None
 
     def __post_init__(self) -> None:
         choices = {"bits": BITS, "group_size": GROUP_SIZES, "tier": TIERS, "gate": GATES, "codec": (None, *CODECS)}
@@ -72,7 +75,7 @@ class Plan:
     """A conversion with every choice made. `sources` are the checkpoint's tensors by canonical name.
 
     In tier predict `recipe` says how the predictor is made, and `predictor` is None until it is there; `ordering` and
-    `orders` are the same for records that are reordered.
+    `orders` are the same for records that are reordered, `density` and `activity` for what slots are divided by.
     """
 
     model: NormalizedModel
@@ -88,6 +91,8 @@ class Plan:
     orders: Orders | None = None
     layout: str = "full"
     codec: str | None = None
+    density: DensityOptions | None = None
+    activity: ActivitySpec | None = None
 
     @property
     def gate(self) -> str:
@@ -210,6 +215,7 @@ class Plan:
             predictor=None if self.predictor is None else self.predictor.spec,
             order=None if self.orders is None else self.orders.spec,
             codec=self.codec,
+            activity=self.activity,
         )
 
     def choices(self) -> dict[str, Any]:
@@ -223,6 +229,7 @@ class Plan:
             **({} if self.recipe is None else self.recipe.options.choices()),
             **({} if self.ordering is None else self.ordering.choices()),
             **({} if self.codec is None else {"codec": self.codec}),
+            **({} if self.density is None else self.density.choices()),
         }
 
 
@@ -251,6 +258,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
         ordering=options.order,
         layout=options.gate,
         codec=options.codec,
+        density=options.density,
     )
     _check_gate(options, plan)
     _check_codec(plan)

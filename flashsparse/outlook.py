@@ -128,7 +128,7 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
         resident=sizes["resident"] + sizes["predictor"],
         touched=sizes["resident"] - lookups + sizes["predictor"],
         slots=sum(plan.slots) / m.layers,
-        density=m.predictor.calibrated_density if m.predictor else None,
+        density=m.predictor.calibrated_density if m.predictor else m.activity.density if m.activity else None,
         stored=None if m.codec is None else round(m.record.bytes / facts["codec"]["ratio"]),
     )
 

@@ -72,6 +72,8 @@ class Sizes:
         floor = 0 if self.tier == "dense" else FLOOR_SLOTS if slots is None else slots
         layers = m.predictor.layers if m.predictor is not None and self.tier == "predict" else ()
         densities = [layer.calibrated_density for layer in layers]
+        if m.activity is not None:
+            densities = list(m.activity.densities)
         return {
             "runtime": runtime,
             "resident": self._file_bytes("resident.safetensors") + predictor,

@@ -15,6 +15,7 @@ from flashsparse.cli.convert_predict import predict_options, predictor_summary, 
 
 if TYPE_CHECKING:
     from converter.convert import Progress
+    from flashsparse.pack.activity import ActivitySpec
     from flashsparse.pack.manifest import Manifest
 
 SECTORS = (512, 4096)
@@ -218,10 +219,17 @@ def summary(manifest: Manifest) -> list[str]:
         f"size        {format_bytes(size)}, of which resident {format_bytes(resident)}",
         f"record      {record.bytes} bytes, stride {record.stride}",
         *([] if manifest.order is None else [f"order       {manifest.order.kind}"]),
+        *([] if manifest.activity is None else [f"slots       by density, {_densities(manifest.activity)}"]),
         *([] if manifest.codec is None else [f"codec       {manifest.codec}, {compression(manifest):.2f} to 1"]),
         *predictor_summary(manifest),
         *(_direct_reads(manifest, sector) for sector in SECTORS),
     ]
+
+
+def _densities(activity: ActivitySpec) -> str:
+    """The range of the layers' densities, and what they were measured on."""
+    least, most = min(activity.densities), max(activity.densities)
+    return f"{100 * least:.1f} to {100 * most:.1f} % of a layer, measured on {activity.tokens} tokens"
 
 
 def _direct_reads(manifest: Manifest, sector: int) -> str:

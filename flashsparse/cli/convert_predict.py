@@ -24,7 +24,8 @@ _OPTIONS = (
         type=click.Path(path_type=Path),
         multiple=True,
         metavar="FILE",
-        help="Tier predict: a text (UTF-8, or .zst) to fit predictors and thresholds on; may be repeated.",
+        help="A text (UTF-8, or .zst; may be repeated): tier predict fits predictors and thresholds on it, tier exact "
+        "measures what slots are divided by.",
     ),
     click.option(
         "--calibrate-tokens",
@@ -101,7 +102,8 @@ def predictor_summary(manifest: Manifest) -> list[str]:
 
 def tokens_note(manifest: Manifest, asked: int | None) -> str | None:
     """A remark when the texts held less than what was asked for."""
-    found, wanted = 0 if manifest.predictor is None else manifest.predictor.tokens, asked or DEFAULT_TOKENS
+    measured = manifest.predictor or manifest.activity
+    found, wanted = 0 if measured is None else measured.tokens, asked or DEFAULT_TOKENS
     return f"note: {found} tokens, as the texts hold no more of the {wanted} asked" if 0 < found < wanted else None
 
 

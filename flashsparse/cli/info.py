@@ -48,6 +48,8 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if facts["order"] is not None:
         result.append(("order", _order(facts["order"])))
+    if facts["activity"] is not None:
+        result.append(("activity", _activity(facts["activity"])))
     if facts["codec"] is not None:
         result.append(
             ("codec", f"{facts['codec']['name']}: {facts['codec']['ratio']:.2f} times fewer bytes per record")
@@ -57,6 +59,12 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     result += _bytes(facts["bytes"]) + _parameters(facts)
     said = quality_report(facts["tier"], facts["quality"], facts["quality_problem"])
     return [*result, *zip(("quality", ""), said, strict=False), ("digest", facts["digest"])]
+
+
+def _activity(activity: dict[str, Any]) -> str:
+    """How many neurons a token needs, as calibrated; slots are divided by it."""
+    least, most = min(activity["densities"]), max(activity["densities"])
+    return f"{100 * least:.1f} to {100 * most:.1f} % of a layer's neurons, measured on {activity['tokens']} tokens"
 
 
 def _order(order: dict[str, Any]) -> str:

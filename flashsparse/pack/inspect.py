@@ -120,6 +120,7 @@ def describe(pack_dir: str | os.PathLike[str]) -> dict[str, Any]:
         "record": _record(manifest.record),
         "prefill_chunk": manifest.prefill_chunk,
         "order": _order(manifest),
+        "activity": None if manifest.activity is None else manifest.activity.to_dict(),
         "codec": None if manifest.codec is None else {"name": manifest.codec, "ratio": compression(manifest)},
         "predictor": _predictor(manifest),
         "bytes": _bytes(manifest, header),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flashsparse.errors import DamagedPackError, PackError
+from flashsparse.pack.activity import ActivitySpec, read_activity
 from flashsparse.pack.checks import Node, listed, shown
 from flashsparse.pack.codec import CODECS, LENGTH_BYTES, flash_tensors
 from flashsparse.pack.config import check_config
@@ -115,6 +116,7 @@ class Manifest:
     predictor: PredictorSpec | None = None
     order: OrderSpec | None = None
     codec: str | None = None
+    activity: ActivitySpec | None = None
 
     @staticmethod
     def load(pack_dir: str | os.PathLike[str]) -> Manifest:
@@ -237,6 +239,7 @@ class Manifest:
             "files": {name: entry.to_dict() for name, entry in self.files.items()},
             **({} if self.order is None else {"order": self.order.to_dict()}),
             **({} if self.codec is None else {"codec": self.codec}),
+            **({} if self.activity is None else {"activity": self.activity.to_dict()}),
         }
 
 
@@ -283,6 +286,8 @@ def _manifest(node: Node, path: Path) -> Manifest:
         order=read_order_spec(node.child("order")) if node.has("order") else None,
         codec=node.choice("codec", CODECS) if node.has("codec") else None,
     )
+    if node.has("activity"):
+        manifest = replace(manifest, activity=read_activity(node.child("activity"), manifest.layers))
     return manifest if node.null("predictor") else replace(manifest, predictor=_predictor(node, manifest))
 
 
@@ -341,6 +346,8 @@ def _check_consistent(node: Node, m: Manifest) -> None:
         node.fail("gate", m.gate, f"{gates} in tier {m.tier!r}")
     if m.gate == "compact" and m.quant is not None:
         node.fail("quant", m.quant, "null where gate is 'compact'")
+    if m.activity is not None and m.tier != "exact":
+        node.fail("activity", m.activity.to_dict(), "no activity but in tier 'exact'")
     if m.codec is not None and (m.quant is not None or m.source_dtype == "F32"):
         node.fail("codec", m.codec, "no codec but for records of unquantized 16-bit floats")
     if m.gated != (m.family == "llama"):
