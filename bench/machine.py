@@ -10,7 +10,6 @@ import csv
 import ctypes
 import ctypes.util
 import datetime
-import importlib.metadata
 import json
 import mmap
 import os
@@ -24,12 +23,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashsparse.selftest.machine import versions
+
 RESULTS = Path(__file__).with_name("results")
 FIELDS = (
     "date", "commit", "benchmark", "subject", "conditions", "metric", "mean", "deviation", "runs", "others_cpu",
     "versions", "command",
 )  # fmt: skip
-_PACKAGES = ("flashsparse", "mlx", "mlx-lm", "numpy", "llama-cpp-python", "transformers", "accelerate", "torch")
+PACKAGES = ("flashsparse", "mlx", "mlx-lm", "numpy", "llama-cpp-python", "transformers", "accelerate", "torch")
 
 
 def machine() -> dict[str, Any]:
@@ -69,17 +70,6 @@ def commit() -> str:
     except OSError:
         return "unknown"
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "") if head.returncode == 0 else "unknown"
-
-
-def versions(packages: Iterable[str] = _PACKAGES) -> dict[str, str]:
-    """Versions of those packages that are installed."""
-    found = {}
-    for name in packages:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def command_line() -> str:
@@ -127,7 +117,7 @@ def record(
                     "subject": subject, "conditions": json.dumps(conditions), "metric": name, "mean": f"{mean:.6g}",
                     "deviation": f"{deviation:.3g}", "runs": len(values),
                     "others_cpu": "" if others_cpu is None else f"{others_cpu:.2f}",
-                    "versions": json.dumps(versions() if found_versions is None else found_versions),
+                    "versions": json.dumps(versions(PACKAGES) if found_versions is None else found_versions),
                     "command": command_line(),
                 }
             )  # fmt: skip

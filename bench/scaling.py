@@ -5,9 +5,10 @@
     density  one shape whose predictor names 5 to 50 % of the neurons (thresholds on the synthetic scores)
     context  one shape after prompts of different lengths
 
-Every point is `bench.decode_run` in a process of its own, `--repeat` times; a pack is made once. Draws a plot (needs
-matplotlib) with the limit that the drive and the memory set, and keeps the points in this machine's CSV with --save.
-The last line is one JSON object. Sizes need disk for a checkpoint and its pack at a time: 52 GB for 13b.
+Every point is `bench.decode_run` in a process of its own, `--repeat` times; a pack is made once, or taken from WORK
+where it is there already (pack-SHAPE-KIND). Draws a plot (needs matplotlib) with the limit that the drive and the
+memory set, and keeps the points in this machine's CSV with --save. The last line is one JSON object. Sizes need disk
+for a checkpoint and its pack at a time: 52 GB for 13b.
 """
 
 from __future__ import annotations
@@ -110,14 +111,19 @@ POINTS: dict[str, Callable[[argparse.Namespace], Iterator[Point]]] = {
 
 @contextmanager
 def synthetic_pack(args: argparse.Namespace, shape: Shape, name: str, density: float | None = None) -> Iterator[Path]:
-    """A pack of a synthetic checkpoint, which is deleted once it is converted; the pack when the block ends."""
+    """A pack of a synthetic checkpoint, which is deleted once it is converted; the pack when the block ends.
+
+    A pack that is in WORK already is taken as it is, and stays.
+    """
     source, pack = args.work / f"checkpoint-{name}", args.work / f"pack-{name}-{args.kind}"
     profile = PROFILES[args.profile] if density is None else denser(args.profile, density)
+    if (pack / "pack.json").exists():
+        yield pack
+        return
     try:
-        if not (pack / "pack.json").exists():
-            shutil.rmtree(source, ignore_errors=True)
-            write(source, shape, profile)
-            make_pack(source, pack, args.kind, 0)
+        shutil.rmtree(source, ignore_errors=True)
+        write(source, shape, profile)
+        make_pack(source, pack, args.kind, 0)
         shutil.rmtree(source, ignore_errors=True)
         yield pack
     finally:
