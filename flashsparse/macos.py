@@ -209,7 +209,8 @@ class Watch:
             raise FlashSparseError("no notifications of memory pressure: dispatch_source_create gave none")
 
         def note(context: int | None) -> None:
-            seen[0] = LEVELS.get(calls["dispatch_source_get_data"](source), seen[0])
+            told = calls["dispatch_source_get_data"](source)  # several levels at once, if it ran late
+            seen[0] = LEVELS.get(told) or pressure()
 
         handler = _HANDLER(note)
         calls["dispatch_source_set_event_handler_f"](source, handler)

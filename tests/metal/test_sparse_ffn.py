@@ -126,9 +126,11 @@ def test_states_of_every_type(dtype: mx.Dtype) -> None:
     assert close(np.array(made), *hidden64(layer, exact))
 
 
-def test_given_gates_and_masks() -> None:
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("activation", ["relu", "drelu"])  # of the other half of the layer: dReLU's is one too
+def test_given_gates_and_masks(kind: str, activation: str) -> None:
     rng = np.random.default_rng(12)
-    layer = make_layer(rng, "Q4-F16", 12, 128, group=64, scored=False)
+    layer = make_layer(rng, kind, 12, 128, group=64, scored=False, activation=activation)
     x = rng.standard_normal((2, 128)).astype(np.float32)
     gates = np.maximum(rng.standard_normal((2, 12)), 0).astype(np.float32)
     expected, size = hidden64(layer, x.astype(np.float64), gates)

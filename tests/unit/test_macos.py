@@ -289,8 +289,9 @@ def test_the_system_notifies_of_pressure(dispatch: Any, monkeypatch: pytest.Monk
         dispatch.tell(level)
         relief.step()
         assert held == expected
-    dispatch.tell(64)  # a level that is not known is none
-    assert relief.watch.level == "normal"
+    monkeypatch.setattr(macos, "pressure", lambda: "critical")
+    dispatch.tell(3)  # both warning and normal: which came last is asked
+    assert relief.watch.level == "critical"
     dispatch.tell(2)
     relief.step()
     watch = relief.watch
