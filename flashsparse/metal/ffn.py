@@ -110,13 +110,13 @@ class MetalFFN(StreamedFFN):
 
     def _without_list(self, x: Any) -> mx.array:
         """The segments' sums over what is in slots; the walk learns what was not. No read-back."""
-        assert self.place is not None and self.lookup is not None
+        assert self.place is not None and self.lookup is not None and self.table is not None
         chooser: Any = self.chooser
         self.prefetch.land()
         self.place.refills.settle()
         named = chooser.named(x)
         ids, count, _ = select.compact(named.bits, self.flash.records)
-        made, totals, fired = self.lookup.compute(ids, count, x, named.activated)
+        made, totals, fired = self.lookup.compute(self.table, ids, count, x, named.activated)
         kernels = self._metal()
         kernels.walk.note(self, ids=ids, count=count, activated=named.activated, totals=totals, fired=fired)
         kernels.timeline.beside(ids, count, totals, fired)

@@ -63,18 +63,18 @@ class Lookup:
     """A layer's slot table where the GPU reads it, and the sum over the records that are in slots."""
 
     def __init__(self, place: Place, table: SlotTable, slot_bytes: int) -> None:
-        self.place, self.table, self.slot_bytes = place, table, slot_bytes
+        self.place, self.slot_bytes = place, slot_bytes
         self._slot_of, self._begin = Shared(table.records, "int32"), Shared(table.slots, "int32")
         self._slots = np.arange(table.slots)
 
     def compute(
-        self, ids: mx.array, count: mx.array, x: mx.array, activated: mx.array | None
+        self, table: SlotTable, ids: mx.array, count: mx.array, x: mx.array, activated: mx.array | None
     ) -> tuple[mx.array, mx.array, mx.array]:
         """Of the first `count` ids and x [1, d]: the segments' sums over those in slots, totals [2], how many fired.
 
-        Nothing may read the slab's slot table any more, and nothing be written into the slab until all is evaluated.
+        Nothing of an earlier call may be under way, and nothing be written into the slab until all is evaluated.
         """
-        self._slot_of.host[:], self._begin.host[:] = self.table.native.slot_of, self.table.begin
+        self._slot_of.host[:], self._begin.host[:] = table.native.slot_of, table.begin
         _, offsets, cols, _, _, totals = select.lookup(
             ids, count, self._slot_of.array, self._begin.array, self.slot_bytes
         )
@@ -84,7 +84,7 @@ class Lookup:
         found = mx.where(inside, mx.take(ids, mx.where(inside, cols, 0)), 0)
         gates = None if activated is None else mx.take(activated, found, axis=1)
         hidden = sparse_ffn.hidden(record, slab, offsets, hits, x, gates)
-        bounds = sparse_ffn.segment_bounds(found, hits, self.table.records)
+        bounds = sparse_ffn.segment_bounds(found, hits, table.records)
         partial = sparse_ffn.down(record, slab, offsets, at, bounds, hidden)
         self.place.refills.reading(self._slots, partial)
         return partial, totals, ((hidden != 0) & inside).sum()
