@@ -226,7 +226,8 @@ int32_t fs_rounds::ahead(const fs_home& home, const float* scores, float least, 
     Numbers fresh, held;
     for (int64_t i = 0; i < table->records; i++)
         if (scores[i] >= least) (table->slot_of[i] < 0 ? fresh : held).push_back(int32_t(i));
-    int64_t left = table->slots - int64_t(held.size()), most = std::min(table->slots / kAheadShare, left);
+    const int64_t slots = table->holding ? table->touched : table->slots;  // while held, nothing grows for a hint
+    int64_t left = slots - int64_t(held.size()), most = std::min(slots / kAheadShare, left);
     if (int64_t(fresh.size()) > left) most = 0;  // the layer will take several rounds: there is no room
     auto likelier = [&](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; };
     std::sort(fresh.begin(), fresh.end(), likelier);
