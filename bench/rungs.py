@@ -16,13 +16,12 @@ import numpy as np
 
 from flashsparse.cache import SlotTable
 from flashsparse.choice import Choice
-from flashsparse.kernels.cpu import NativeKernels
 from flashsparse.prefetch import Prefetch
 
 if TYPE_CHECKING:
     from flashsparse.engine import Engine
     from flashsparse.ffn import StreamedFFN
-    from flashsparse.flash import Batch, FlashFile, ReadPool
+    from flashsparse.flash import Batch, FlashFile, Landed, ReadPool
 
 PIECES = 3  # gate, up and down, each somewhere else
 _CHUNK = 1 << 20
@@ -60,12 +59,10 @@ def forget(engine: Engine) -> None:
         if ffn.lookahead is not None:
             ffn.lookahead.drop()
         ffn.table = SlotTable(ffn.table.records, ffn.table.slots)
-        if isinstance(ffn.kernels, NativeKernels) and ffn.native is not None:
-            ffn.native = ffn.kernels.rounds(ffn)
+        if ffn.native is not None:
+            ffn.native.use(ffn.table.native, ffn.table.begin)
         if isinstance(ffn.lookahead, Prefetch):
             ffn.lookahead.table = ffn.table
-        elif ffn.lookahead is not None and ffn.native is not None:
-            ffn.lookahead.rounds = ffn.native
 
 
 def unbundle(engine: Engine, sets: Sets | None = None) -> None:
@@ -131,7 +128,8 @@ RUNGS = {
         Rung("no-window", "bundles without the window", _PLAIN, each=forget, counted=False, tiers=("predict", "exact")),
         Rung("oracle", "the same sets, known beforehand at no cost", _PLAIN, start=replay, replayed=True, forgets=True,
              tiers=("predict",)),
-        Rung("slots", "everything in slots: no reads", {"dram": "100%"}, replayed=True, tiers=("predict", "exact")),
+        Rung("slots", "everything in slots: no reads", {"dram": "100%", **_PLAIN}, replayed=True,
+             tiers=("predict", "exact")),
     )
 }  # fmt: skip
 
@@ -175,13 +173,18 @@ class SplitPool:
         firsts: np.ndarray,
         runs: int,
         order: np.ndarray | None = None,
+        landed: Landed | None = None,
     ) -> SplitBatch:
         """As ReadPool.submit_runs, but every read stands alone, in pieces."""
-        return self.submit(files, reads["offset"], reads["length"], reads["need"], reads["dest"], order)
+        batch = self.submit(files, reads["offset"], reads["length"], reads["need"], reads["dest"], order)
+        batch.landed = landed
+        return batch
 
 
 class SplitBatch:
-    """As Batch: a read is finished when all of its pieces are."""
+    """As Batch: a read is finished when all of its pieces are. landed: called with those that are taken."""
+
+    landed: Landed | None = None
 
     def __init__(self, batch: Batch, owner: np.ndarray, count: int, order: np.ndarray | None) -> None:
         self._batch, self._owner, self._order = batch, owner, order
@@ -191,7 +194,10 @@ class SplitBatch:
     def take(self, least: int = 1) -> np.ndarray:
         """The reads that are finished; one is enough, whatever `least` says."""
         done = self._take()
-        return done if self._order is None else self._order[done]
+        taken = done if self._order is None else self._order[done]
+        if self.landed is not None and len(taken):
+            self.landed(taken)
+        return taken
 
     def _take(self) -> np.ndarray:
         empty, self._empty = self._empty, self._empty[:0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from flashsparse.flash import TYPICAL, Costs, Merging
 from flashsparse.flash.curve import load_curve
 from flashsparse.kernels.cpu import NativeKernels
 from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
+from flashsparse.native.layers import Norm as NativeNorm
 from flashsparse.pack.codec import Decoder, read_lengths
 from flashsparse.places import cache_dir
 from flashsparse.prefetch import NativePrefetch, Norm, Prefetch, Switch
@@ -65,7 +67,10 @@ class Assembly:
         self.costs = self.costs if curve is None else curve.costs()
         self.decoder = None if m.codec is None else Decoder(m.record.bytes, sizes.threads)
         choosers = self._choosers()
-        return [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
+        made = [self._layer(index, chooser, scratch, counters) for index, chooser in enumerate(choosers)]
+        for ffn, after in pairwise(made):
+            ffn.after = after
+        return made
 
     def _scratch(self, sizes: Sizes, tile_bytes: int) -> Scratch:
         m = self.pack.manifest
@@ -109,7 +114,8 @@ class Assembly:
         if ffn.native is not None:
             assert isinstance(self.kernels, NativeKernels)
             norm = self.kernels.norm(weight, bias, eps, centred)
-            return NativePrefetch(ffn.native, ffn.chooser, norm, self.switch, ffn.counters)
+            early = self.kernels.hint(ffn.native, ffn.chooser, NativeNorm(weight, bias, eps, centred))
+            return NativePrefetch(ffn.native, ffn.chooser, norm, self.switch, ffn.counters, early)
         return Prefetch(
             ffn.table, ffn.slab, ffn.slot_bytes, ffn.flash, self.pool, ffn.chooser, Norm(weight, bias, eps, centred),
             self.switch, ffn.counters,

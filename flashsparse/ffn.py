@@ -21,7 +21,7 @@ import numpy as np
 from flashsparse.compressed import Compressed
 from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Landed, Load, Merging, ReadPool, loads, reads
 from flashsparse.keeping import Keeping, likely_next
-from flashsparse.prefetch import Prefetch
+from flashsparse.prefetch import NativePrefetch, Prefetch
 from flashsparse.stats import Counters
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from flashsparse.judging import Judging
     from flashsparse.kernels import Kernels
     from flashsparse.native.rounds import LayerRounds
-    from flashsparse.prefetch import Ahead, NativePrefetch
+    from flashsparse.prefetch import Ahead
     from flashsparse.weights import Buffer
 
 WORTH = 32  # records that have arrived, before it pays to start computing them
@@ -119,6 +119,8 @@ class StreamedFFN:
     slab: Buffer | None = None
     slot_bytes: int = 0
     native: LayerRounds | None = None
+    after: StreamedFFN | None = None  # the next layer, whose reads may begin while this one waits for its own
+    stream: np.ndarray | None = None  # [1, d]: the residual stream that x was normalized from, in a step of one token
     observer: Callable[[np.ndarray], None] | None = None
     dense: bool = False
     judging: Judging | None = None
@@ -128,7 +130,7 @@ class StreamedFFN:
 
     def __call__(self, x: np.ndarray) -> np.ndarray:
         """x [T, d] float32 -> the FFN's output [T, d], valid until the next call of any layer."""
-        began = time.perf_counter()
+        began, hinted = time.perf_counter(), self.counters.hint_s
         y = self.scratch.out[: x.shape[0]]
         y[:] = 0
         if self.judging is not None:
@@ -137,7 +139,7 @@ class StreamedFFN:
             self._compute(self.chooser.whole(x) if self.dense else self.chooser.choose(x), x, y)
         if self.down_bias is not None:
             y += self.down_bias
-        self.counters.ffn_s += time.perf_counter() - began
+        self.counters.ffn_s += time.perf_counter() - began - (self.counters.hint_s - hinted)
         return y
 
     @property
@@ -182,7 +184,14 @@ class StreamedFFN:
         """What the rounds above do, in one call."""
         mask = choice.mask if len(x) > 1 else None  # one token needs all of its neurons
         fired = self.predicts and not self.dense
-        self.counters.tally(rounds.run(choice.ids, x, choice.activated, mask, self.scratch.hidden, y, fired))
+        lookahead, next_one = self.lookahead, None if self.after is None else self.after.lookahead
+        hint = None
+        if self.stream is not None and isinstance(next_one, NativePrefetch):
+            hint = next_one.before(self.stream)
+        figures = rounds.run(choice.ids, x, choice.activated, mask, self.scratch.hidden, y, fired, hint)
+        self.counters.tally(figures)
+        if isinstance(lookahead, NativePrefetch):
+            lookahead.begun = False
 
     def _keeping(self, choice: Choice, tokens: int) -> Keeping | None:
         if self.table is None or self.slab is None or self.dense:

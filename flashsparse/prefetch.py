@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flashsparse.cache import Reservation, SlotTable
     from flashsparse.ffn import Flash
     from flashsparse.flash import ReadPool, Reads
-    from flashsparse.native.rounds import LayerRounds
+    from flashsparse.native.rounds import Hint, LayerRounds
     from flashsparse.stats import Counters
     from flashsparse.weights import Buffer
 
@@ -228,7 +228,8 @@ class Prefetch:
 class NativePrefetch:
     """One layer's whose rounds are native: they also start its reads ahead, and know which are in flight.
 
-    norm: a new array from the residual stream [1, d], normalized as the FFN's input will be.
+    norm: a new array from the residual stream [1, d], normalized as the FFN's input will be. `early`: how the layer
+    before starts the reads instead, from the state that its own FFN sees, while it waits for reads; None: it cannot.
     """
 
     rounds: LayerRounds
@@ -236,11 +237,13 @@ class NativePrefetch:
     norm: Callable[[np.ndarray], np.ndarray]
     switch: Switch
     counters: Counters
+    early: Hint | None = None
+    begun: bool = False  # by the layer before, in this step
 
     @property
     def active(self) -> bool:
-        """Whether a hint is worth computing now."""
-        return self.switch.on
+        """Whether a hint is worth computing now, before the layer's attention."""
+        return self.switch.on and not self.begun
 
     def start(self, h: np.ndarray) -> None:
         """Start reading what the residual stream h [1, d] before the layer's attention suggests."""
@@ -248,6 +251,13 @@ class NativePrefetch:
         scores, least = self.chooser.guess(self.norm(h))
         self.counters.tally(self.rounds.ahead(scores, least))
         self.counters.hint_s += time.perf_counter() - began
+
+    def before(self, h: np.ndarray) -> Hint | None:
+        """For the layer before, whose FFN's input is normalized from h [1, d]: the hint to follow, if any."""
+        if self.early is None or not self.switch.on:
+            return None
+        self.begun = True
+        return self.early.of(h)
 
     def drop(self) -> None:
         """The layer goes on without its reads in flight: drop those that nobody has begun, wait for the others."""

@@ -70,12 +70,13 @@ class Counters:
 
     def tally(self, figures: Sequence[int]) -> None:
         """Count what native rounds tell, in TALLY's order; their times are nanoseconds."""
-        *counts, waited, overlapped = figures
+        *counts, waited, overlapped, hinted = figures
         for name, count in zip(TALLY, counts, strict=True):
             if count:
                 setattr(self, name, getattr(self, name) + count)
         self.io_wait_s += waited / 1e9
         self.overlap_s += overlapped / 1e9
+        self.hint_s += hinted / 1e9
 
     def copy(self) -> Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))

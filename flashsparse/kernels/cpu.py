@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse import native
+from flashsparse.choice import Exact, Predicted
 from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.native.compact import Compact, candidates
 from flashsparse.native.layers import Norm
-from flashsparse.native.rounds import Home, LayerRounds, Rounds
+from flashsparse.native.rounds import Hint, Home, LayerRounds, Rounds
+from flashsparse.sparsity.predictors import GateCopy
 
 if TYPE_CHECKING:
+    from flashsparse.choice import Chooser
     from flashsparse.compact import CompactGate
     from flashsparse.ffn import StreamedFFN
     from flashsparse.kvcache import KVCache
@@ -109,6 +112,18 @@ class NativeKernels:
         )  # fmt: skip
         table = ffn.table
         return LayerRounds(self._rounds, home, self._record, table.native, table.begin, ffn.slab.bytes, ffn.slot_bytes)
+
+    def hint(self, rounds: LayerRounds, chooser: Chooser, norm: Norm) -> Hint | None:
+        """How the layer before guesses what `chooser` will name; None for choosers whose scores are not one product."""
+        if isinstance(chooser, Exact):
+            least = float(np.finfo(np.float32).smallest_subnormal)
+            kind = self._activation, self._param
+            return Hint(rounds, norm, self.matrix(chooser.scoring), chooser.bias, least, kind)
+        predictor = chooser.predictor if isinstance(chooser, Predicted) and chooser.k is None else None
+        if not isinstance(predictor, GateCopy) or predictor.magnitude:
+            return None
+        assert isinstance(chooser, Predicted)
+        return Hint(rounds, norm, self.matrix(predictor.gate), predictor.bias, chooser.threshold)
 
     def close(self) -> None:
         self.workers.close()

@@ -83,6 +83,7 @@ class NativeDecoder:
             layer.attend(*cache.addresses, cache.capacity, offset, turned, tokens, self._buffers)
             cache.offset = offset + tokens
             self._counters.attention_s += time.perf_counter() - began
+            ffn.stream = h if tokens == 1 else None
             self._add(h, ffn(x), index)
         return self._finish(h)
 

@@ -115,6 +115,16 @@ class CInput(ctypes.Structure):
     ]
 
 
+class CHint(ctypes.Structure):
+    """fs_hint."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("home", "norm", "scoring", "bias", "h", "x", "scores")),
+        *((name, c_float) for name in ("least", "param")),
+        *((name, c_int32) for name in ("exact", "activation")),
+    ]
+
+
 class CReadError(ctypes.Structure):
     """fs_read_error."""
 
@@ -181,7 +191,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_slots_end_step": (None, [c_void_p]),
     "fs_rounds_create": (c_void_p, [c_void_p, c_void_p]),
     "fs_rounds_destroy": (None, [c_void_p, c_int32]),
-    "fs_rounds_run": (c_int32, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]),
+    "fs_rounds_run": (c_int32, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
     "fs_rounds_ahead": (c_int32, [c_void_p, c_void_p, c_void_p, c_float, c_void_p]),
     "fs_rounds_drop": (None, [c_void_p, c_void_p]),
     "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 5)]),

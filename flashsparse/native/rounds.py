@@ -16,14 +16,15 @@ import numpy as np
 
 from flashsparse.errors import FlashReadError, NativeLibraryError
 from flashsparse.flash.reader import read_error
-from flashsparse.native.kernels import Record, Workers, _address, data_address
-from flashsparse.native.library import CHome, CInput, lib, process
+from flashsparse.native.kernels import Matrix, Record, Workers, _address, data_address
+from flashsparse.native.layers import Norm
+from flashsparse.native.library import CHint, CHome, CInput, lib, process
 
 if TYPE_CHECKING:
     from flashsparse.flash import ReadPool
     from flashsparse.native.slots import Slots
 
-FIGURES = 12  # of fs_tally: ten counts, then nanoseconds of waiting for reads, and of computing hits meanwhile
+FIGURES = 13  # of fs_tally: ten counts, then nanoseconds of waiting for reads, of computing hits meanwhile, of hints
 _FAILURE = 4  # offset, need, got and error of the read that failed
 _READ_FAILED, _POOL_STOPPED, _NO_MEMORY = -1, -2, -3
 
@@ -38,6 +39,7 @@ class Rounds:
             raise NativeLibraryError("no memory to prepare reads in")
         self.tally = array("q", bytes(8 * (FIGURES + _FAILURE)))
         self.tally_at = self.tally.buffer_info()[0]
+        self._scratch: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     @property
     def handle(self) -> int:
@@ -46,6 +48,12 @@ class Rounds:
             raise ValueError("this read pool is closed")
         _ = self._pool.handle, self._workers.handle
         return self._handle
+
+    def scratch(self, d: int, records: int) -> tuple[np.ndarray, np.ndarray]:
+        """A state [d] and scores [records] of hints, float32, the same for all layers."""
+        if (d, records) not in self._scratch:
+            self._scratch[d, records] = np.empty(d, np.float32), np.empty(records, np.float32)
+        return self._scratch[d, records]
 
     def tell(self) -> list[int]:
         """The the figures since the last time."""
@@ -77,6 +85,42 @@ class Home:
     longest: int
 
 
+class Hint:
+    """How a layer's reads are started by the one before: by its own scores for a state near its input.
+
+    scoring, bias: of a low-bit copy's scores, or of the gate itself, whose `activation` (its number and parameter) then
+    counts by magnitude. norm: that before the layer's FFN. least: the score from which on a neuron is likely.
+    """
+
+    def __init__(
+        self,
+        rounds: LayerRounds,
+        norm: Norm,
+        scoring: Matrix,
+        bias: np.ndarray | None,
+        least: float,
+        activation: tuple[int, float] | None = None,
+    ) -> None:
+        if (scoring.rows, scoring.cols) != (rounds.records, norm.size) or (
+            bias is not None and len(bias) != scoring.rows
+        ):
+            raise ValueError(f"scores of [{scoring.rows}, {scoring.cols}] for {rounds.records} records")
+        x, scores = rounds.scratch(norm.size)
+        kind, param = (0, 0.0) if activation is None else activation
+        self._keep, self._size = (rounds, norm, scoring, bias, x, scores), norm.size
+        bias_at = None if bias is None else _address(bias, np.float32, (scoring.rows,), "bias")
+        self._c = CHint(
+            rounds.address, ctypes.addressof(norm.c), ctypes.addressof(scoring.c), bias_at, 0, data_address(x),
+            data_address(scores), least, param, activation is not None, kind,
+        )  # fmt: skip
+        self.address = ctypes.addressof(self._c)
+
+    def of(self, h: np.ndarray) -> Hint:
+        """The hint of the residual stream h [1, d], which must stay as it is while the hint is followed."""
+        self._c.h = _address(h, np.float32, (1, self._size), "h")
+        return self
+
+
 class LayerRounds:
     """One layer's: `slab` (uint8) holds a record in each `slot_bytes`; `begin` int64 [slots] is the table's."""
 
@@ -90,18 +134,28 @@ class LayerRounds:
         slab: np.ndarray,
         slot_bytes: int,
     ) -> None:
-        if len(slab) < len(begin) * slot_bytes or record.bytes > home.record_bytes > slot_bytes:
+        if len(slab) < len(begin) * slot_bytes or record.bytes > home.record_bytes or home.record_bytes > slot_bytes:
             raise ValueError(f"{len(begin)} slots of {slot_bytes} bytes, {home.record_bytes} each, in {len(slab)}")
-        self._shared, self._home, self._d, self._keep = shared, home, record.d, (record, slots, begin, slab)
-        self._records = slots.records
+        self._shared, self._home, self._d, self._keep = shared, home, record.d, (record, slab)
         self._c = CHome(
-            slots.address, _address(begin, np.int64, begin.shape, "begin"), data_address(slab), slot_bytes,
-            home.record_bytes, home.stride, home.data_offset, home.sector, home.gap, home.longest, home.fd, 0,
+            0, 0, data_address(slab), slot_bytes, home.record_bytes, home.stride, home.data_offset, home.sector,
+            home.gap, home.longest, home.fd, 0,
         )  # fmt: skip
-        self._at = ctypes.addressof(self._c)
+        self.use(slots, begin)
+        self._at = self.address = ctypes.addressof(self._c)
         self._input = CInput(ctypes.addressof(record.c))
         self._input_at = ctypes.addressof(self._input)
         self._run, self._ahead, self._drop = lib().fs_rounds_run, lib().fs_rounds_ahead, lib().fs_rounds_drop
+
+    def use(self, slots: Slots, begin: np.ndarray) -> None:
+        """Work on this table from now on; no reads ahead may be in flight."""
+        self._c.begin = _address(begin, np.int64, begin.shape, "begin")
+        self._c.slots, self._table = slots.address, (slots, begin)
+        self._records = self.records = slots.records
+
+    def scratch(self, d: int) -> tuple[np.ndarray, np.ndarray]:
+        """Of the layers' hints: a state [d] and scores [records]."""
+        return self._shared.scratch(d, self.records)
 
     def run(
         self,
@@ -112,11 +166,13 @@ class LayerRounds:
         hidden: np.ndarray,
         y: np.ndarray,
         fired: bool,
+        hint: Hint | None = None,
     ) -> list[int]:
         """Add the FFN of the ascending records `ids` (int32) for x [T, d] to y [T, d]; the figures.
 
         activated, mask [T, records]: as in ffn_hidden. hidden (flat, scratch) bounds the records of a round. `fired`:
-        count values that are not zero. Raises ValueError for ids not ascending or out of range, FlashReadError.
+        count values that are not zero. hint: followed when what is in slots is computed. Raises ValueError for ids
+        not ascending or out of range, FlashReadError.
         """
         tokens, given = len(x), self._input
         given.x = _address(x, np.float32, (tokens, self._d), "x")
@@ -130,7 +186,10 @@ class LayerRounds:
         if tokens > len(hidden):
             raise ValueError(f"hidden has room for {len(hidden)} values, {tokens} tokens need at least one each")
         at = _address(ids, np.int32, ids.shape, "ids")
-        return self._told(self._run(self._shared.handle, self._at, at, len(ids), self._input_at, self._shared.tally_at))
+        after = None if hint is None else hint.address
+        return self._told(
+            self._run(self._shared.handle, self._at, at, len(ids), self._input_at, after, self._shared.tally_at)
+        )
 
     def ahead(self, scores: np.ndarray, least: float) -> list[int]:
         """Start reading what is absent of the records whose score [records] is at least `least`; the figures.

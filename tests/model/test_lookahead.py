@@ -39,6 +39,12 @@ def decode(engine: Engine) -> np.ndarray:
     return np.concatenate(rows)
 
 
+def hint_before_attention(engine: Engine) -> None:
+    for layer in engine._ffns:
+        assert isinstance(layer.lookahead, NativePrefetch)
+        layer.lookahead.early = None
+
+
 def check_tables(engine: Engine) -> None:
     for layer in engine._ffns:
         assert layer.table is not None and layer.lookahead is not None
@@ -64,8 +70,10 @@ def check_tables(engine: Engine) -> None:
 def test_output_is_the_same_bits_with_reads_ahead(tmp_path: Path, model: dict[str, Any], slots: int) -> None:
     path = make_pack(tmp_path, **model) if "tier" in model else make_predict_pack(tmp_path, **model)
     results = []
-    for mode in ("off", "on", "auto"):
+    for mode, early in (("off", True), ("on", True), ("on", False), ("auto", True)):
         with flashsparse.load(path, slots=slots, lookahead=mode) as engine:
+            if not early:
+                hint_before_attention(engine)
             results.append(decode(engine))
             total = engine.counters
             if mode == "off":
@@ -76,7 +84,7 @@ def test_output_is_the_same_bits_with_reads_ahead(tmp_path: Path, model: dict[st
             if mode == "on" and slots in (128, 300):
                 assert total.prefetch_used > 0
                 assert total.overlap_s > 0
-    assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+    assert all(np.array_equal(results[0], result) for result in results[1:])
 
 
 def test_other_kernels_read_ahead_in_python(pack: Path) -> None:
@@ -107,18 +115,41 @@ def test_every_byte_is_counted_once(pack: Path) -> None:
         assert stats["lookahead"] == {"mode": "on", "on": True, "with_s": None, "without_s": None}
 
 
+@pytest.mark.parametrize(("kind", "asked"), [("copy", [0, 0]), ("full", [0, 0]), ("compact", [0, 1, 2, 0, 1, 2])])
+def test_layers_whose_scores_are_one_product_begin_under_the_reads_before(
+    tmp_path: Path, pack: Path, kind: str, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, heard = pack if kind == "copy" else make_pack(tmp_path, tier="exact", gate=kind), []
+    start = NativePrefetch.start
+    with flashsparse.load(path, slots=300, lookahead="on") as engine, engine.session() as session:
+        layers = {id(layer.lookahead): layer.layer for layer in engine._ffns}
+
+        def hear(lookahead: NativePrefetch, h: np.ndarray) -> None:
+            heard.append(layers[id(lookahead)])
+            start(lookahead, h)
+
+        monkeypatch.setattr(NativePrefetch, "start", hear)
+        session.logits(PROMPT)
+        session.logits([5])
+        session.logits([6])
+        assert heard == asked
+        assert engine.counters.prefetch_used > 0
+        check_tables(engine)
+
+
 @pytest.mark.parametrize("guess", ["nothing", "more than fits", "the wrong half"])
 def test_wrong_hints_change_no_bits(pack: Path, guess: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with flashsparse.load(pack, slots=300, lookahead="off") as engine:
         expected = decode(engine)
     with flashsparse.load(pack, slots=300, lookahead="on") as engine:
         for layer in engine._ffns:
-            assert layer.lookahead is not None
+            assert isinstance(layer.lookahead, NativePrefetch)
             scores = {
                 "nothing": np.full(512, np.nan, np.float32),
                 "more than fits": np.ones(512, np.float32),
                 "the wrong half": (np.arange(512) % 2).astype(np.float32),
             }[guess]
+            layer.lookahead.early = None
             monkeypatch.setattr(layer.lookahead.chooser, "guess", lambda x, scores=scores: (scores, 0.5))
         assert np.array_equal(decode(engine), expected)
         check_tables(engine)
@@ -131,6 +162,7 @@ def test_a_read_ahead_that_fails_is_read_again(pack: Path, monkeypatch: pytest.M
     whole = {path: path.read_bytes() for path in pack.glob("flash-*")}
     with flashsparse.load(pack, slots=300, lookahead="on", read_mode="buffered") as engine:
         original = ffn.StreamedFFN.hint
+        hint_before_attention(engine)
 
         def hint(layer: ffn.StreamedFFN, h: np.ndarray) -> None:
             """The file ends early until the reads ahead are over."""

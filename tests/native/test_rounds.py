@@ -13,7 +13,8 @@ import pytest
 from flashsparse import FlashReadError, native
 from flashsparse.cache import SlotTable
 from flashsparse.flash import FlashFile, ReadPool, slot_stride
-from flashsparse.native.rounds import Home, LayerRounds, Rounds
+from flashsparse.native.layers import Norm
+from flashsparse.native.rounds import Hint, Home, LayerRounds, Rounds
 from flashsparse.stats import Counters
 from flashsparse.weights import Buffer
 
@@ -62,10 +63,27 @@ class Layer:
         self.workers.close()
         self.file.close()
 
-    def run(self, ids: np.ndarray, x: np.ndarray, mask: np.ndarray | None = None, room: int = 1 << 14) -> np.ndarray:
+    def run(
+        self,
+        ids: np.ndarray,
+        x: np.ndarray,
+        mask: np.ndarray | None = None,
+        room: int = 1 << 14,
+        hint: Hint | None = None,
+    ) -> np.ndarray:
         y, hidden = np.zeros_like(x), np.full(room, np.nan, np.float32)
-        self.counters.tally(self.rounds.run(ids, x, None, mask, hidden, y, True))
+        self.counters.tally(self.rounds.run(ids, x, None, mask, hidden, y, True, hint))
         return y
+
+    def share(self, other: Layer) -> None:
+        """Work as two layers of one engine."""
+        self.shared = self.rounds._shared = other.shared
+
+    def hint(self, scoring: np.ndarray, least: float) -> Hint:
+        """By magnitudes of scoring [RECORDS, D] times the normalized state, rectified."""
+        norm = Norm(np.ones(D, np.float32), None, 1e-5, centred=False)
+        matrix = native.Matrix(scoring.ctypes.data, *scoring.shape, native.DTYPES["F32"], keep=scoring)
+        return Hint(self.rounds, norm, matrix, None, least, (native.ACTIVATIONS["relu"], 0.0))
 
     def ahead(self, scores: np.ndarray, least: float) -> None:
         self.counters.tally(self.rounds.ahead(scores, least))
@@ -167,11 +185,53 @@ def test_hints_for_more_than_the_slots_hold_read_nothing(path: Path) -> None:
 def test_reads_ahead_of_another_layer_end_when_this_one_runs(path: Path, records: np.ndarray) -> None:
     ids, x = np.arange(30, dtype=np.int32), np.ones((1, D), np.float32)
     with Layer(path, 100) as first, Layer(path, 100) as second:
-        second.rounds._shared = first.shared
+        second.share(first)
         first.ahead(np.arange(RECORDS, dtype=np.float32), 280.0)
         assert np.array_equal(second.run(ids, x), at_once(records, ids, x))
         first.check(records)
         second.check(records)
+
+
+def test_a_layer_starts_the_reads_of_the_next(path: Path, records: np.ndarray) -> None:
+    rng = np.random.default_rng(5)
+    scoring = rng.standard_normal((RECORDS, D)).astype(np.float32)
+    with Layer(path, 120) as first, Layer(path, 120) as second:
+        second.share(first)
+        hint, used = second.hint(scoring, 9.0), 0
+        for _ in range(6):
+            h, ids = rng.standard_normal((1, D)).astype(np.float32), some(rng, 60)
+            likely = np.flatnonzero(scoring @ h[0] / np.sqrt((h**2).mean() + 1e-5) > 9.0).astype(np.int32)
+            before = second.table.native.slot_of.copy()
+            assert np.array_equal(first.run(ids, h, hint=hint.of(h)), at_once(records, ids, h))
+            ahead = np.flatnonzero(second.table.native.slot_of < -1)
+            assert ahead.tolist() == [record for record in likely if before[record] < 0]
+            wanted = np.union1d(likely[::2], ids[:5]).astype(np.int32)
+            assert np.array_equal(second.run(wanted, h), at_once(records, wanted, h))
+            first.check(records)
+            second.check(records)
+            used += len(np.intersect1d(ahead, wanted))
+        assert second.counters.prefetch_used == used > 0
+        assert first.counters.hint_s > 0
+
+
+def test_a_hint_that_fails_costs_nothing(path: Path, tmp_path: Path, records: np.ndarray) -> None:
+    scoring, h = np.ones((RECORDS, D), np.float32), np.ones((1, D), np.float32)
+    scoring[:280] = -1
+    ids, broken = np.arange(0, RECORDS, 4, dtype=np.int32), tmp_path / "flash-001.safetensors"
+    broken.write_bytes(path.read_bytes()[: OFFSET + 290 * STRIDE])
+    with Layer(path, 120, mode="buffered") as first, Layer(broken, 120, mode="buffered") as second:
+        second.share(first)
+        for _ in range(2):
+            assert np.array_equal(first.run(ids, h, hint=second.hint(scoring, 0.5).of(h)), at_once(records, ids, h))
+            with pytest.raises(FlashReadError, match="flash-001"):
+                second.run(ids, h)
+            second.check(records)
+        first.run(ids, h, hint=second.hint(scoring, 0.5).of(h))
+        broken.write_bytes(path.read_bytes())
+        assert np.array_equal(second.run(ids, h), at_once(records, ids, h))
+        second.check(records)
+        with pytest.raises(ValueError, match="scores of"):
+            second.hint(scoring[:, :-1].copy(), 0.5)
 
 
 @pytest.mark.parametrize("hints", [False, True])

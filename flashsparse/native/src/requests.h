@@ -13,7 +13,7 @@ namespace fs {
 
 using Numbers = std::vector<int32_t>;
 
-inline int64_t now() {
+inline int64_t clock_ns() {
     using namespace std::chrono;
     return duration_cast<nanoseconds>(steady_clock::now().time_since_epoch()).count();
 }
@@ -102,9 +102,9 @@ class Batch {
 
     // Records that have arrived, ascending; none when all were taken or with an error's status.
     int32_t take(int64_t least, Numbers& arrived, fs_tally& tally) {
-        int64_t began = now();
+        int64_t began = clock_ns();
         int64_t count = fs_pool_take(pool_, number_, done_.data(), int64_t(done_.size()), least);
-        tally.wait_ns += now() - began;
+        tally.wait_ns += clock_ns() - began;
         arrived.clear();
         for (int64_t i = 0; i < count; i++) arrived.push_back(plan_->order[size_t(done_[size_t(i)])]);
         std::sort(arrived.begin(), arrived.end());

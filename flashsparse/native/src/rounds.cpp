@@ -2,6 +2,9 @@
 // interface: what this adds is their order, and that nothing is left open whichever of them fails.
 #include "rounds.h"
 
+#include <cmath>
+#include <new>
+
 #include "requests.h"
 
 namespace {
@@ -36,13 +39,19 @@ struct fs_rounds {
   public:
     fs_rounds(fs_pool* pool, fs_workers* workers) : pool_(pool), workers_(workers) {}
 
-    int32_t run(const fs_home& home, const int32_t* ids, int64_t n, const fs_ffn_input& in, fs_tally& tally);
+    int32_t run(const fs_home& home, const int32_t* ids, int64_t n, const fs_ffn_input& in, const fs_hint* next,
+                fs_tally& tally);
     int32_t ahead(const fs_home& home, const float* scores, float least, fs_tally& tally);
-    void drop(fs_tally& tally);
-    void forget() { ahead_.batch.forget(); }
+    void drop_all(fs_tally& tally);
+    void forget() {
+        for (Ahead& ahead : aheads_) ahead.batch.forget();
+    }
 
   private:
+    Ahead& present() { return aheads_[present_]; }
+    void hint(fs_tally& tally);
     bool claim(const fs_home& home, const int32_t* ids, int64_t n, fs_tally& tally);
+    void drop(fs_tally& tally);
     void finish(fs_tally& tally);
     bool take_ahead(fs_tally& tally);
     int32_t round(const fs_home& home, const int32_t* ids, int64_t n, const fs_ffn_input& in, fs_tally& tally);
@@ -55,7 +64,9 @@ struct fs_rounds {
 
     fs_pool* pool_;
     fs_workers* workers_;
-    Ahead ahead_;
+    Ahead aheads_[2];  // of the layer at work, and of the next
+    int present_ = 0;
+    const fs_hint* next_ = nullptr;  // to be followed in this run
     // Of the round under way; positions are those of its records.
     const fs_home* home_ = nullptr;
     const fs_ffn_input* in_ = nullptr;
@@ -108,10 +119,10 @@ int32_t fs_rounds::compute_arriving(const Numbers& positions, Batch& batch, fs_t
 
 // Marks what has arrived of the reads ahead, a worthwhile number at once; false when no more will.
 bool fs_rounds::take_ahead(fs_tally& tally) {
-    if (ahead_.failed) return false;
+    if (present().failed) return false;
     // The record may not be needed; where it is, it is read again as a miss.
-    ahead_.failed = ahead_.batch.take(kWorth, arrived_, tally) != FS_DONE;
-    for (int32_t record : arrived_) ahead_.arrived[size_t(record)] = 1;
+    present().failed = present().batch.take(kWorth, arrived_, tally) != FS_DONE;
+    for (int32_t record : arrived_) present().arrived[size_t(record)] = 1;
     return !arrived_.empty();
 }
 
@@ -122,8 +133,8 @@ void fs_rounds::compute_ahead(fs_tally& tally) {
         there.clear(), late.clear();
         size_t record = 0;
         for (int32_t position : expected_) {
-            while (ahead_.ids[record] < ids_[position]) record++;
-            (ahead_.arrived[record] ? there : late).push_back(position);
+            while (present().ids[record] < ids_[position]) record++;
+            (present().arrived[record] ? there : late).push_back(position);
         }
         compute(there);
         expected_ = late;
@@ -153,9 +164,10 @@ int32_t fs_rounds::round(const fs_home& home, const int32_t* ids, int64_t n, con
     Batch batch;
     if (missing)
         if (int32_t status = read(home, missing_, batch, tally)) return status;
-    int64_t began = now();
+    int64_t began = clock_ns();
     compute(hits_);
-    if ((missing || used) && !hits_.empty()) tally.overlap_ns += now() - began;
+    if ((missing || used) && !hits_.empty()) tally.overlap_ns += clock_ns() - began;
+    hint(tally);
     if (used) compute_ahead(tally);
     if (missing)
         if (int32_t status = compute_arriving(missing_, batch, tally)) return status;
@@ -169,22 +181,48 @@ int32_t fs_rounds::round(const fs_home& home, const int32_t* ids, int64_t n, con
     return FS_DONE;
 }
 
-int32_t fs_rounds::run(const fs_home& home, const int32_t* ids, int64_t n, const fs_ffn_input& in, fs_tally& tally) {
+// Guesses and reads for the next layer, once in a run; a hint decides nothing, so that its failures do not count.
+void fs_rounds::hint(fs_tally& tally) {
+    if (!next_) return;
+    const fs_hint& of = *next_;
+    next_ = nullptr;
+    const int64_t began = clock_ns(), d = of.scoring->cols, records = of.scoring->rows;
+    fs_normalize(workers_, of.norm, of.h, 1, d, of.x);
+    if (of.exact) {
+        fs_linear(workers_, of.scoring, of.bias, of.x, 1, of.scores);
+        fs_activate(of.scores, records, of.activation, of.param);
+        for (int64_t i = 0; i < records; i++) of.scores[i] = std::fabs(of.scores[i]);
+    } else {
+        fs_score(workers_, of.scoring, of.bias, of.x, 1, of.scores);
+    }
+    present_ ^= 1;
+    try {
+        ahead(*of.home, of.scores, of.least, tally);
+    } catch (const std::bad_alloc&) {
+    }
+    present_ ^= 1;
+    tally.hint_ns += clock_ns() - began;
+}
+
+int32_t fs_rounds::run(const fs_home& home, const int32_t* ids, int64_t n, const fs_ffn_input& in, const fs_hint* next,
+                       fs_tally& tally) {
+    next_ = next;
     if (!fs_slots_valid(home.slots, ids, n)) return FS_BAD_IDS;
     const bool some = claim(home, ids, n, tally);
-    fs_slots_recover(home.slots, some ? ahead_.reservation : 0);
+    fs_slots_recover(home.slots, some ? present().reservation : 0);
     const int64_t most = in.width / std::max<int64_t>(1, in.T), width = std::clamp<int64_t>(most, 1, home.slots->slots);
     int32_t status = FS_DONE;
     for (int64_t first = 0; first < n && !status; first += width)
         status = round(home, ids + first, std::min(width, n - first), in, tally);
     finish(tally);
+    if (next && !next_) present_ ^= 1;
     if (!status) fs_slots_end_step(home.slots);
     return status;
 }
 
 // Whether reads ahead are in flight that a round of `ids` needs, and leave room for it; the others are dropped.
 bool fs_rounds::claim(const fs_home& home, const int32_t* ids, int64_t n, fs_tally& tally) {
-    Ahead& a = ahead_;
+    Ahead& a = present();
     if (!a.home.slots) return false;
     const bool fits = a.home.slots == home.slots && fs_slots_fits(home.slots, ids, n);
     a.wanted.assign(a.ids.size(), 0);
@@ -206,7 +244,7 @@ bool fs_rounds::claim(const fs_home& home, const int32_t* ids, int64_t n, fs_tal
 
 // Waits for the reads ahead that go on; their records stay in their slots.
 void fs_rounds::finish(fs_tally& tally) {
-    Ahead& a = ahead_;
+    Ahead& a = present();
     if (!a.home.slots) return;
     if (!a.claimed) return drop(tally);
     while (take_ahead(tally)) {}
@@ -218,6 +256,10 @@ void fs_rounds::finish(fs_tally& tally) {
 void fs_rounds::drop(fs_tally& tally) {
     static const fs_home nothing{};
     claim(nothing, nullptr, 0, tally);
+}
+
+void fs_rounds::drop_all(fs_tally& tally) {
+    for (int i = 0; i < 2; i++, present_ ^= 1) drop(tally);
 }
 
 int32_t fs_rounds::ahead(const fs_home& home, const float* scores, float least, fs_tally& tally) {
@@ -233,7 +275,7 @@ int32_t fs_rounds::ahead(const fs_home& home, const float* scores, float least, 
     std::sort(fresh.begin(), fresh.end(), likelier);
     fresh.resize(size_t(std::clamp<int64_t>(most, 0, int64_t(fresh.size()))));
     if (fresh.empty()) return FS_DONE;
-    Ahead& a = ahead_;
+    Ahead& a = present();
     a.ids = fresh;
     std::sort(a.ids.begin(), a.ids.end());
     Numbers rank(fresh.size());
@@ -270,9 +312,9 @@ void fs_rounds_destroy(fs_rounds* rounds, int32_t pool) {
 }
 
 int32_t fs_rounds_run(fs_rounds* rounds, const fs_home* home, const int32_t* ids, int64_t n, const fs_ffn_input* in,
-                      fs_tally* tally) {
+                      const fs_hint* next, fs_tally* tally) {
     try {
-        return rounds->run(*home, ids, n, *in, *tally);
+        return rounds->run(*home, ids, n, *in, next, *tally);
     } catch (...) {
         return FS_NO_MEMORY;
     }
@@ -288,7 +330,7 @@ int32_t fs_rounds_ahead(fs_rounds* rounds, const fs_home* home, const float* sco
 
 void fs_rounds_drop(fs_rounds* rounds, fs_tally* tally) {
     try {
-        rounds->drop(*tally);
+        rounds->drop_all(*tally);
     } catch (...) {
     }
 }

@@ -2,6 +2,7 @@
 // Part of the native library's interface (flashsparse.h); which records a layer needs is the caller's decision.
 #pragma once
 
+#include "block.h"
 #include "flashsparse.h"
 
 #ifdef __cplusplus
@@ -34,11 +35,25 @@ typedef struct {
     int64_t count_fired;  // whether `fired` is counted
 } fs_ffn_input;
 
+// How the next layer's records are guessed from the residual stream h [d] while this layer's are read: by its own scores
+// of norm(h), those of a low-bit copy (fs_score) or, if `exact`, magnitudes of activated gates (fs_linear). x [d] and
+// scores [records] are scratch. home, least: of fs_rounds_ahead.
+typedef struct {
+    const fs_home* home;
+    const fs_norm* norm;
+    const fs_matrix* scoring;
+    const float *bias, *h;
+    float *x, *scores;
+    float least, param;
+    int32_t exact, activation;
+} fs_hint;
+
 // What calls have done, which they add to; the last five say which read failed, and how far it came.
 typedef struct {
     int64_t rounds, hits, misses, needed_bytes, flash_reads, flash_bytes, fired;
     int64_t prefetched, prefetch_used, prefetch_wasted_bytes;
     int64_t wait_ns, overlap_ns;  // waiting for reads; computing while there was something to wait for
+    int64_t hint_ns;              // guessing and starting reads ahead of the next layer
     int64_t offset, need, got, error;
 } fs_tally;
 
@@ -50,8 +65,10 @@ FS_API void fs_rounds_destroy(fs_rounds*, int32_t pool);
 
 // y += the FFN of the ascending records `ids`, in as many rounds as slots and `hidden` ask for; reads ahead of this layer
 // are waited for where the records need them, and dropped where nobody has begun them. Afterwards nothing is in flight,
-// and the records' uses count. FS_READ_FAILED and the like: the round's missing records are absent again.
-FS_API int32_t fs_rounds_run(fs_rounds*, const fs_home*, const int32_t* ids, int64_t n, const fs_ffn_input*, fs_tally*);
+// and the records' uses count. FS_READ_FAILED and the like: the round's missing records are absent again. `next` or NULL:
+// reads ahead of another layer, begun when this one has computed what is in slots; they go on when the call returns.
+FS_API int32_t fs_rounds_run(fs_rounds*, const fs_home*, const int32_t* ids, int64_t n, const fs_ffn_input*,
+                             const fs_hint* next, fs_tally*);
 
 // Starts reading what is absent of the records whose score is at least `least`, at most a quarter of the slots: those with
 // the highest scores, likeliest first. scores [records]; NaN counts as lowest. Earlier reads ahead end first.
