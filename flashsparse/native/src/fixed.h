@@ -263,34 +263,20 @@ ALWAYS_INLINE void add_groups(const Quantized* rows, int32_t dtype, int64_t g, i
         }
 }
 
-// The same over groups begin..end - 1; sums: 2 * R * C vectors, products then biases, as floats in memory.
-template <int bits, int group, int R, int C>
-inline void add_span(const Quantized* rows, int32_t dtype, int64_t begin, int64_t end, const FixedToken* x, float* sums,
-                     const uint8_t* const* ahead = nullptr) {
-    constexpr int bytes = kGroups * Digits<bits, group>::words;
-    V products[R * C], biases[R * C];
-    for (int i = 0; i < R * C; i++) products[i] = load(sums + 8 * i), biases[i] = load(sums + 8 * (R * C + i));
-    int64_t g = begin;
-    for (; g + kGroups <= end; g += kGroups) {
-        for (int r = 0; ahead && r < R; r++) prefetch_stretch<bytes>(ahead[r] + g / kGroups * bytes);
-        add_groups<bits, group, R, C>(rows, dtype, g, kGroups, x, products, biases);
-    }
-    if (g < end) add_groups<bits, group, R, C>(rows, dtype, g, int(end - g), x, products, biases);
-    for (int i = 0; i < R * C; i++) store(sums + 8 * i, products[i]), store(sums + 8 * (R * C + i), biases[i]);
-}
-
-template <int R, int C>
-inline void finish_sums(const float* sums, float* out) {
-    for (int i = 0; i < R * C; i++) out[i] = sum(add(load(sums + 8 * i), load(sums + 8 * (R * C + i))));
-}
-
 // out[r * C + c] = rows[r] . x[c]; `ahead`: R addresses to prefetch meanwhile, or null.
 template <int bits, int group, int R, int C>
 inline void fixed_dots(const Quantized* rows, const Format& f, const FixedToken* x, float* out,
                        const uint8_t* const* ahead = nullptr) {
-    float sums[16 * R * C] = {0};
-    add_span<bits, group, R, C>(rows, f.scale_dtype, 0, f.columns / group, x, sums, ahead);
-    finish_sums<R, C>(sums, out);
+    constexpr int bytes = kGroups * Digits<bits, group>::words;
+    int64_t g = 0, end = f.columns / group;
+    V products[R * C], biases[R * C];
+    for (int i = 0; i < R * C; i++) products[i] = biases[i] = zero();
+    for (; g + kGroups <= end; g += kGroups) {
+        for (int r = 0; ahead && r < R; r++) prefetch_stretch<bytes>(ahead[r] + g / kGroups * bytes);
+        add_groups<bits, group, R, C>(rows, f.scale_dtype, g, kGroups, x, products, biases);
+    }
+    if (g < end) add_groups<bits, group, R, C>(rows, f.scale_dtype, g, int(end - g), x, products, biases);
+    for (int i = 0; i < R * C; i++) out[i] = sum(add(products[i], biases[i]));
 }
 
 }  // namespace

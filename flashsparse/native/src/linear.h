@@ -1,6 +1,6 @@
 // Products with a stored matrix, as tasks of some rows: one token, or many. Part of kernels.cpp, compiled with it per variant.
-// Many tokens go in blocks through tiles of rows and tokens whose sums stay in registers over a chunk of columns; between
-// chunks they wait in memory, so that the order is the one of a single row and token.
+// Many tokens go in blocks through tiles of rows and tokens whose sums stay in registers, with plain floats over a chunk of
+// columns; between chunks they wait in memory, so that the order is the one of a single row and token.
 #pragma once
 
 #include "fixed.h"
@@ -132,39 +132,23 @@ void fixed_one_token(const Linear& job, int64_t row) {
 }
 
 template <int bits, int group, int C>
-inline void add_fixed_tile(const Linear& job, int64_t row, int64_t token, int64_t begin, int64_t end, float* waiting) {
+void fixed_tokens(const Linear& job, int64_t row, int64_t end, int64_t token) {
     FixedToken x[C];
     for (int c = 0; c < C; c++) x[c] = fixed_token<bits, group>(job.fixed, token + c);
-    Quantized weights = quantized_row(job, row);
-    add_span<bits, group, 1, C>(&weights, job.format.scale_dtype, begin, end, x, waiting);
-}
-
-// All of the job's tokens, at most kFixedTokens; scratch: the sums [rows, tokens, 2, 8].
-template <int bits, int group>
-void fixed_block(const Linear& job, int64_t row, int count, float* waiting) {
-    int64_t groups = job.format.columns / group, tiles = job.tokens / kTileTokens * kTileTokens;
-    memset(waiting, 0, sizeof(float) * size_t(16 * count * job.tokens));
-    for (int64_t begin = 0; begin < groups; begin += kGroups) {
-        int64_t end = least(begin + kGroups, groups), token = 0;
-        for (; token < tiles; token += kTileTokens)
-            for (int r = 0; r < count; r++)
-                add_fixed_tile<bits, group, kTileTokens>(job, row + r, token, begin, end, waiting + 16 * (r * job.tokens + token));
-        for (; token < job.tokens; token++)
-            for (int r = 0; r < count; r++)
-                add_fixed_tile<bits, group, 1>(job, row + r, token, begin, end, waiting + 16 * (r * job.tokens + token));
+    for (; row < end; row++) {
+        Quantized weights = quantized_row(job, row);
+        float out[C];
+        fixed_dots<bits, group, 1, C>(&weights, job.format, x, out);
+        for (int c = 0; c < C; c++) put(job, row, token + c, out[c]);
     }
-    for (int r = 0; r < count; r++)
-        for (int64_t token = 0; token < job.tokens; token++) {
-            int64_t tile = token < tiles ? kTileTokens : 1, first = token < tiles ? token / kTileTokens * kTileTokens : token;
-            const float* at = waiting + 16 * (r * job.tokens + first) + 8 * (token - first);
-            put(job, row + r, token, sum(add(load(at), load(at + 8 * tile))));
-        }
 }
 
 template <int bits, int group>
-void fixed_rows(const Linear& job, int64_t row, int64_t end, float* scratch) {
+void fixed_rows(const Linear& job, int64_t row, int64_t end) {
     if (job.tokens > 1) {
-        for (; row < end; row += kRowBlock) fixed_block<bits, group>(job, row, int(least(kRowBlock, end - row)), scratch);
+        int64_t token = 0;
+        for (; token + kTileTokens <= job.tokens; token += kTileTokens) fixed_tokens<bits, group, kTileTokens>(job, row, end, token);
+        for (; token < job.tokens; token++) fixed_tokens<bits, group, 1>(job, row, end, token);
         return;
     }
     for (; row + 4 <= end; row += 4) fixed_one_token<bits, group, 4>(job, row);
@@ -176,7 +160,7 @@ void linear(const void* context, int64_t task, float* scratch) {
     int64_t row = task * job.rows_per_task, end = least(row + job.rows_per_task, job.w->rows);
     if (job.format.group) {
         with_fixed(job.format, [&](auto bits, auto group) {
-            fixed_rows<decltype(bits)::value, decltype(group)::value>(job, row, end, scratch);
+            fixed_rows<decltype(bits)::value, decltype(group)::value>(job, row, end);
         });
         return;
     }
