@@ -253,7 +253,7 @@ void fs_ffn_down(fs_workers* workers, const fs_record* record, const uint8_t* ba
     Down job{record, format_of(*record), base, offsets, cols, n, hidden, ldh, T, 0, y};
     job.columns_per_task = columns_per_task(job.format, n, T, workers->threads());
     workers->run(chosen().load()->down, &job, pieces(record->d, job.columns_per_task),
-                 size_t(kRowBlock * job.columns_per_task));
+                 size_t(between(1, n, kDownBlock) * job.columns_per_task));
 }
 
 }  // extern "C"

@@ -9,7 +9,7 @@ namespace {
 
 using namespace fs;
 
-constexpr int kTokens = 16;  // tokens of a record that are looked at together
+constexpr int kTokens = 64;  // tokens that are looked at together: enough that several of them need the record
 
 // --- hidden: one task is a block of records ---------------------------------------------------------------------
 
@@ -58,8 +58,10 @@ struct FloatProducts {
         const float* x[kTokens];
         for (int i = 0; i < count; i++) x[i] = job.x + tokens[i] * n;
         int i = 0;
+        for (; i + 8 <= count; i += 8) dots<1, 8>(&vector.row, x + i, n, out + i);
         for (; i + 4 <= count; i += 4) dots<1, 4>(&vector.row, x + i, n, out + i);
-        for (; i < count; i++) dots<1, 1>(&vector.row, x + i, n, out + i);
+        for (; i + 2 <= count; i += 2) dots<1, 2>(&vector.row, x + i, n, out + i);
+        if (i < count) dots<1, 1>(&vector.row, x + i, n, out + i);
     }
 };
 
@@ -84,7 +86,8 @@ struct FixedProducts {
         for (int i = 0; i < count; i++) x[i] = fixed_token<bits, group>(job.fixed, tokens[i]);
         int i = 0;
         for (; i + 4 <= count; i += 4) fixed_dots<bits, group, 1, 4>(&vector, job.format, x + i, out + i);
-        for (; i < count; i++) fixed_dots<bits, group, 1, 1>(&vector, job.format, x + i, out + i);
+        for (; i + 2 <= count; i += 2) fixed_dots<bits, group, 1, 2>(&vector, job.format, x + i, out + i);
+        if (i < count) fixed_dots<bits, group, 1, 1>(&vector, job.format, x + i, out + i);
     }
 };
 
@@ -368,13 +371,13 @@ void down_one_token(const Down& job, int64_t begin, int64_t n) {
 
 template <class Row>
 void down_many_tokens(const Down& job, int64_t begin, int64_t n, float* scratch) {
-    for (int64_t first = 0; first < job.n; first += kRowBlock) {
-        int count = int(least(kRowBlock, job.n - first));
+    for (int64_t first = 0; first < job.n; first += kDownBlock) {
+        int count = int(least(kDownBlock, job.n - first));
         for (int k = 0; k < count; k++)
             decode_row(down_row<Row>(job, first + k, begin), n, step_of(job.format, n), scratch + k * n);
         for (int64_t t = 0; t < job.tokens; t++) {
-            RowF32 rows[kRowBlock];
-            float weights[kRowBlock];
+            RowF32 rows[kDownBlock];
+            float weights[kDownBlock];
             int used = 0;
             for (int k = 0; k < count; k++) {
                 float weight = job.hidden[t * job.ldh + job.cols[first + k]];

@@ -89,6 +89,7 @@ struct Reading {
 };
 
 constexpr int kRowBlock = 8;     // records, or quantized rows, that several tokens use together
+constexpr int kDownBlock = 32;   // records whose down vectors several tokens use together
 constexpr int kPanel = 48;       // rows decoded together for many tokens, by chunks of columns
 constexpr int kChunk = 512;
 constexpr int kFixedTokens = 32; // tokens held in fixed point together
@@ -101,7 +102,7 @@ struct Kernels {
     const char* name;
     void (*linear)(const void* job, int64_t task, float* scratch);     // scratch: kPanelScratch
     void (*hidden)(const void* job, int64_t task, float* scratch);     // scratch: 2 * kRowBlock * columns
-    void (*down)(const void* job, int64_t task, float* scratch);       // scratch: kRowBlock * columns_per_task
+    void (*down)(const void* job, int64_t task, float* scratch);       // scratch: kDownBlock * columns_per_task
     void (*attention)(const void* job, int64_t task, float* scratch);  // scratch: kQueryBlock * span + kKeyBlock * columns
     void (*score)(const void* job, int64_t task, float* scratch);      // scratch: none
     void (*score_input)(const Format&, const float* x, int8_t* q, float* steps, float* sums);  // outputs come as zeros
