@@ -226,11 +226,14 @@ bool fs_rounds::claim(const fs_home& home, const int32_t* ids, int64_t n, fs_tal
     if (!a.home.slots) return false;
     const bool fits = a.home.slots == home.slots && fs_slots_fits(home.slots, ids, n);
     a.wanted.assign(a.ids.size(), 0);
-    bool any = false;
-    for (size_t i = 0; i < a.ids.size() && fits; i++) {
-        a.wanted[i] = std::binary_search(ids, ids + n, a.ids[i]);
-        any |= a.wanted[i];
+    int64_t count = 0;
+    for (size_t i = 0; i < a.ids.size() && fits; i++) count += a.wanted[i] = std::binary_search(ids, ids + n, a.ids[i]);
+    // While slots are held, records read in vain give theirs up before a request takes a new one.
+    if (fits && home.slots->holding && n + int64_t(a.ids.size()) - count > home.slots->touched) {
+        a.wanted.assign(a.ids.size(), 0);
+        count = 0;
     }
+    const bool any = count > 0;
     std::vector<uint8_t> kept = a.wanted;
     a.batch.keep(kept, tally);
     for (size_t i = 0; i < kept.size(); i++) {
