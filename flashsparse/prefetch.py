@@ -126,6 +126,8 @@ class Ahead:
         try:
             done = self._done(least)
         except FlashReadError:  # the record may not be needed; where it is, it is read again as a miss
+            self.over = True  # first: what arrives yet must not be made whole where it was read again
+            self.batch.release()
             return np.empty(0, np.intp)
         self.arrived[done] = True
         return done

@@ -141,8 +141,12 @@ class Decoder:
     def _alone(self, memory: Bytes, frame: np.ndarray, position: int) -> Bytes:
         import zstandard
 
+        stored = memory[frame[0] : frame[0] + frame[1]].data
         try:
-            whole = self._zstd.decompress(memory[frame[0] : frame[0] + frame[1]].data, max_output_size=self._half)
+            promised = zstandard.frame_content_size(stored)  # allocated before anything is checked
+            if promised not in (-1, self._half):
+                raise Damaged(position, f"{promised} bytes, expected {self._half}")
+            whole = self._zstd.decompress(stored, max_output_size=self._half)
         except zstandard.ZstdError as problem:
             raise Damaged(position, str(problem)) from None
         return np.frombuffer(whole, np.uint8)

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from zstandard import frame_header_size
 
 import flashsparse
 from converter.convert import convert
 from flashsparse.codec_outlook import sample_codec
 from flashsparse.errors import FlashReadError, PackError, UsageError
 from flashsparse.flash.plan import SEPARATE
-from flashsparse.pack.codec import compression, read_lengths, whole_records
+from flashsparse.pack.codec import Damaged, Decoder, compression, encode, read_lengths, whole_records
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.verify import verify
 from tests.checkpoints import write_checkpoint
@@ -97,6 +98,26 @@ def test_damage_is_named(packs: tuple[Path, Path], tmp_path: Path) -> None:
     assert [d.kind for d in verify(copy)] in (["lengths"], ["records"])
     with pytest.raises(PackError, match=f"record {manifest.intermediate_size - 1}: found a length of 4294967295"):
         logits(copy, slots=512)
+
+
+def test_frames_that_lie_are_named() -> None:
+    """A frame whose header promises more than there is memory, or less than a record has."""
+    rng = np.random.default_rng(0)
+    records = (rng.standard_normal((20, 256)) / 50).astype(np.float16).view(np.uint8)
+    stored, lengths = encode(records, 512)
+    frame = stored[7, 256 : lengths[7]].tobytes()
+    places = np.arange(20) * 512
+    for size in (0, 255, 1 << 20, 1 << 50, 1 << 63):
+        lying = b"\x28\xb5\x2f\xfd\xe0" + size.to_bytes(8, "little") + frame[frame_header_size(frame) :]
+        memory = stored.copy()
+        memory[7, 256 : 256 + len(lying)] = np.frombuffer(lying, np.uint8)
+        lengths[7] = 256 + len(lying)
+        for parallel in (True, False):
+            decoder = Decoder(512, 2)
+            decoder._parallel = parallel
+            with pytest.raises(Damaged) as found:
+                decoder.decode(memory.reshape(-1), places, lengths.astype(np.int64), places)
+            assert found.value.position == 7
 
 
 def test_a_sample_of_either_pack_is_the_same(packs: tuple[Path, Path]) -> None:

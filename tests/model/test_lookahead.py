@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import flashsparse
-from flashsparse import UsageError, ffn, prefetch
+from flashsparse import FlashReadError, UsageError, ffn, prefetch
+from flashsparse.cache import SlotTable
 from flashsparse.engine import Engine
 from flashsparse.native import rounds
 from flashsparse.prefetch import NativePrefetch, Norm, Switch
@@ -178,6 +179,38 @@ def test_a_read_ahead_that_fails_is_read_again(pack: Path, monkeypatch: pytest.M
         check_tables(engine)
         total, record = engine.counters, engine.manifest.record.bytes
         assert total.needed_bytes > (total.misses + total.prefetch_used) * record > 0  # some were read twice
+
+
+class Arriving:
+    """A batch of which the second part cannot be made whole, and the third would be."""
+
+    def __init__(self) -> None:
+        self.left: list[np.ndarray | None] = [np.arange(2), None, np.arange(4, 6)]
+        self.released = 0
+
+    def take(self, least: int) -> np.ndarray:
+        assert not self.released
+        found = self.left.pop(0)
+        if found is None:
+            raise FlashReadError("record 3 cannot be decompressed", "", 3, 0, 0)
+        return found
+
+    def release(self) -> None:
+        self.released += 1
+
+
+def test_after_a_failure_nothing_lands_any_more() -> None:
+    """The round reads again what it needs, into the same slots: what arrives later must leave them alone."""
+    table, batch = SlotTable(10, 8), Arriving()
+    reservation = table.reserve(np.arange(6), np.empty(0, np.int32))
+    ahead: Any = prefetch.Ahead(reservation, batch, None)  # type: ignore[arg-type]
+    assert ahead.take().tolist() == [0, 1]
+    assert len(ahead.take()) == 0 and batch.released
+    assert len(ahead.take()) == 0 and len(batch.left) == 1
+    ahead.close()
+    table.settle(reservation, ahead.arrived)
+    assert table.resident().tolist() == [0, 1]
+    table.check()
 
 
 class Interrupt:
