@@ -1,11 +1,13 @@
 """Calibration of the 7B shape, measured on a checkpoint of few layers: seconds per layer, memory, GFLOP/s.
 
-    python -m bench.calibrate WORK [--tokens 10000] [--layers 2] [--limit 4GB]
+    python -m bench.calibrate WORK [--tokens 10000] [--layers 2] [--limit 4GB] [--predictor gate-copy|trained|...]
 
 Writes a synthetic ReGLU checkpoint of that shape with a word tokenizer and its token sequence as text, and calibrates
 it in a process of its own (under a control group of `--limit`, where one can be made). Layers are alike, so that 32 of
 them take 32 times one; what is printed as an extrapolation is that product and not a run. The checkpoint was just
-written, so its weights come from the system's file cache. Needs about 1 GB of disk. The last line is one JSON object.
+written, so its weights come from the system's file cache. With --predictor it is `convert --tier predict` that runs,
+and the time from a layer's last token to the first window of the next is what fitting took, that window and the reading
+of weights included. Needs about 2 GB of disk. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from flashsparse.memory import format_bytes, machine_memory, parse_size
 
 LAYERS = 32  # of the model that is extrapolated to
 WINDOW = 512
+KINDS = ("gate-copy", "gate-up-copy", "svd", "wsvd", "trained")
 
 
 def main() -> int:
@@ -37,15 +40,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=10000)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--limit", default="4GB", help="memory of the control group that calibration runs in")
+    parser.add_argument("--predictor", choices=KINDS, help="fit these too  [default: statistics alone]")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # the measured process itself
     args = parser.parse_args()
     if args.here:
-        print(json.dumps(measure(args.work, args.tokens)))
+        print(json.dumps(measure(args.work, args.tokens, args.predictor)))
         return 0
     shape = replace(SHAPES["7b"], layers=args.layers, vocab=args.tokens, positions=2 * args.tokens, tokens=args.tokens)
     if not (args.work / "tokenizer.json").exists():
         prepare(args.work, shape)
     command = [sys.executable, "-m", "bench.calibrate", str(args.work), "--tokens", str(args.tokens), "--here"]
+    command += ["--predictor", args.predictor] if args.predictor else []
     found, group_peak = run(command, parse_size(args.limit, machine_memory()))
     report = summarize(found, shape, args.tokens) | {"group_peak_bytes": group_peak}
     show(report, args.limit)
@@ -80,26 +85,43 @@ def run(command: list[str], limit: int) -> tuple[dict[str, Any], int | None]:
     return found, peak
 
 
-def measure(work: Path, tokens: int) -> dict[str, Any]:
-    """Calibrates; when each layer ended, in seconds since the first began, and the process's peak memory."""
-    from converter.calibrate import calibrate
+class _Clock:
+    """When each layer's first window and its last token were done, in seconds since the beginning."""
 
-    out = work / "calibration"
-    ends: list[float] = []
-    began = time.monotonic()
+    def __init__(self) -> None:
+        self.began = time.monotonic()
+        self.starts: list[float] = []
+        self.ends: list[float] = []
 
-    def progress(what: str, done: int, total: int) -> None:
-        layers = int(what.rpartition(" ")[2])
+    def progress(self, what: str, done: int, total: int) -> None:
+        layer, layers = int(what.split()[1]), int(what.rpartition(" ")[2])
+        now = time.monotonic() - self.began
+        if len(self.starts) < layer:
+            self.starts.append(now)
         if done % (total // layers) == 0:
-            ends.append(time.monotonic() - began)
+            self.ends.append(now)
 
-    calibrate(work, [work / "text.txt"], out=out, tokens=tokens, window=WINDOW, resume=False, progress=progress)
+
+def measure(work: Path, tokens: int, predictor: str | None) -> dict[str, Any]:
+    """Calibrates, or converts with `predictor`; the layers' times and the process's peak memory."""
+    from converter.calibrate import calibrate
+    from converter.convert import convert
+
+    out, text, clock = work / "out", [work / "text.txt"], _Clock()
+    shutil.rmtree(out, ignore_errors=True)
+    if predictor is None:
+        calibrate(work, text, out=out, tokens=tokens, window=WINDOW, resume=False, progress=clock.progress)
+    else:
+        convert(
+            work, out, tier="predict", predictor=predictor, calibrate=text, calibrate_tokens=tokens,
+            calibrate_window=WINDOW, fitting=clock.progress,
+        )  # fmt: skip
     scale = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-    size = sum(path.stat().st_size for path in out.iterdir())
-    total = time.monotonic() - began
+    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    total = time.monotonic() - clock.began
     shutil.rmtree(out)
-    return {"ends_s": ends, "total_s": total, "peak_bytes": peak, "result_bytes": size}
+    return {"starts_s": clock.starts, "ends_s": clock.ends, "total_s": total, "peak_bytes": peak, "result_bytes": size}
 
 
 def flops(shape: Shape, tokens: int) -> float:
@@ -111,12 +133,14 @@ def flops(shape: Shape, tokens: int) -> float:
 
 def summarize(found: dict[str, Any], shape: Shape, tokens: int) -> dict[str, Any]:
     """Figures per layer; with several layers the first, which waits for the text too, is left out."""
-    ends = found["ends_s"]
+    starts, ends = found["starts_s"], found["ends_s"]
+    fits = [begun - ended for begun, ended in zip(starts[1:], ends, strict=False)]
     seconds = (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else ends[0]
     return {
         "tokens": tokens,
         "layers_run": len(ends),
         "layer_s": seconds,
+        "fit_s": max(fits, default=None),
         "gflops": flops(shape, tokens) / seconds / 1e9,
         "peak_bytes": found["peak_bytes"],
         "total_s": found["total_s"],
@@ -130,6 +154,8 @@ def summarize(found: dict[str, Any], shape: Shape, tokens: int) -> dict[str, Any
 def show(report: dict[str, Any], limit: str) -> None:
     group = report["group_peak_bytes"]
     print(f"one layer    {report['layer_s']:.1f} s for {report['tokens']} tokens, {report['gflops']:.0f} GFLOP/s")
+    if report["fit_s"] is not None:
+        print(f"of which     {report['fit_s']:.1f} s between the last token and the next layer's first window")
     print(
         f"all layers   {report['extrapolated_s'] / 60:.1f} min for {LAYERS}: extrapolated, {report['layers_run']} ran"
     )
