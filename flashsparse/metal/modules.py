@@ -196,8 +196,8 @@ class MetalParts(Parts):
     def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Attention:
         return Attention(q, k, v, o, heads, kv_heads, head_dim)
 
-    def first_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
-        return norm
+    def entrance(self, module: Callable[..., mx.array], streamed: StreamedFFN) -> Any:
+        return module
 
     def second_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
         return Noting(norm, streamed)

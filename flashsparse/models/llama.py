@@ -29,7 +29,7 @@ def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list
         layer.self_attn.scale = scale
         layer.mlp = parts.ffn(ffns[index], scale)
         norm(layer.input_layernorm, store, f"{base}.input_layernorm")
-        layer.input_layernorm = parts.first_norm(layer.input_layernorm, ffns[index])
+        layer.input_layernorm = parts.entrance(layer.input_layernorm, ffns[index])
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
         layer.post_attention_layernorm = parts.second_norm(layer.post_attention_layernorm, ffns[index])
     norm(model.model.norm, store, "model.norm")

@@ -127,14 +127,14 @@ def hint(streamed: StreamedFFN, x: mx.array) -> None:
 
 @dataclass(eq=False)
 class Hinting:
-    """A layer's first norm, in whose place the residual stream passes by."""
+    """A layer's first module, which the residual stream enters: it passes by here."""
 
-    norm: Callable[[mx.array], mx.array]
+    module: Callable[..., mx.array]
     streamed: StreamedFFN
 
-    def __call__(self, x: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, **named: Any) -> mx.array:
         hint(self.streamed, x)
-        return self.norm(x)
+        return self.module(x, **named)
 
 
 def norm(module: Any, store: ResidentStore, base: str) -> None:
@@ -165,9 +165,9 @@ class Parts:
         """Without rotation, window and scale, which are the caller's to set."""
         return Attention(q, k, v, o, heads, kv_heads, head_dim)
 
-    def first_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
-        """The norm before a layer's attention."""
-        return Hinting(norm, streamed)
+    def entrance(self, module: Callable[..., mx.array], streamed: StreamedFFN) -> Any:
+        """What the residual stream enters a layer by: the norm before its attention, without one the attention."""
+        return Hinting(module, streamed)
 
     def second_norm(self, norm: Callable[[mx.array], mx.array], streamed: StreamedFFN) -> Any:
         """The norm before a layer's FFN."""

@@ -99,6 +99,9 @@ def _layer(args: ModelArgs, store: ResidentStore, parts: Parts, ffn: StreamedFFN
     layer = DecoderLayer(args, attention, parts.ffn(ffn))
     norm(layer.self_attn_layer_norm, store, f"{base}.self_attn_layer_norm")
     norm(layer.final_layer_norm, store, f"{base}.final_layer_norm")
-    layer.self_attn_layer_norm = parts.first_norm(layer.self_attn_layer_norm, ffn)
+    if layer.norm_first:
+        layer.self_attn_layer_norm = parts.entrance(layer.self_attn_layer_norm, ffn)
+    else:
+        layer.self_attn = parts.entrance(attention, ffn)
     layer.final_layer_norm = parts.second_norm(layer.final_layer_norm, ffn)
     return layer
