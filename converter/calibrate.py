@@ -27,7 +27,7 @@ from converter.statistics import HOTTEST, LayerStatistics, activity_rule
 from converter.text import read_ids
 from converter.walk import Block, Progress, walk, windows_of
 from flashsparse.errors import ConvertError, UsageError
-from flashsparse.sparsity.calibration import DESCRIPTION, read_description
+from flashsparse.sparsity.calibration import DESCRIPTION, TENSORS, read_description
 from flashsparse.sparsity.texts import file_sha256, text_digests
 
 WINDOW = 512
@@ -164,6 +164,7 @@ def _model_facts(model: Model) -> dict[str, Any]:
 def _locked(directory: Path) -> Iterator[None]:
     """The directory, made if need be, for this run alone."""
     directory.mkdir(parents=True, exist_ok=True)
+    _check_own(directory)
     fd = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -172,6 +173,15 @@ def _locked(directory: Path) -> Iterator[None]:
         raise ConvertError(f"{directory}: another calibration is running here") from None
     finally:
         os.close(fd)
+
+
+def _check_own(directory: Path) -> None:
+    """Raises UsageError when the directory holds other things and no calibration, finished or begun."""
+    names = sorted(entry.name for entry in directory.iterdir())
+    if names and not {DESCRIPTION, TENSORS, PARTIAL} & set(names):
+        raise UsageError(
+            f"{directory}: found {names[0]} and no calibration, expected a new or empty directory for --out"
+        )
 
 
 def _run(model: Model, job: _Job, directory: Path, resume: bool, progress: Progress | None) -> None:
@@ -186,9 +196,9 @@ def _run(model: Model, job: _Job, directory: Path, resume: bool, progress: Progr
         _check_same(partial, json.loads((partial / OPTIONS).read_bytes()), job.options)
     else:
         remove_tree(partial)
-        partial.mkdir()
         states = 2 * 4 * job.facts["tokens"] * model.hidden_size
         check_space(directory, states + 2 * model.layers * _result_bytes(model, job))
+        partial.mkdir()
         write_file(partial / OPTIONS, json.dumps(job.options).encode())
     _collect(model, job, partial, progress)
     publish(partial, directory, model.layers, {"model": _model_facts(model), "options": job.options, **job.facts})

@@ -5,6 +5,7 @@ Peak memory is a few blocks of rows plus one block of down-projection columns, w
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -158,8 +159,11 @@ def _write_error(dst: Path, problem: OSError) -> ConvertError:
     what = f"disk full ({problem.strerror})" if problem.errno in FULL_ERRNOS else problem.strerror
     staging = staging_path(dst)
     started = os.path.isdir(staging)  # False, not an error, where the path itself is the problem
-    kept = f"; the work so far is kept in {staging}, run again with --resume to continue" if started else ""
-    return ConvertError(f"{problem.filename or dst}: {what}{kept}")
+    remedy = "name another destination"
+    if problem.errno in (errno.EEXIST, errno.ENOTDIR):
+        remedy = "a file is in the way: name another destination"
+    kept = f"the work so far is kept in {staging}, run again with --resume to continue" if started else remedy
+    return ConvertError(f"{problem.filename or dst}: {what}; {kept}")
 
 
 def _begin(

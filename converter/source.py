@@ -241,6 +241,8 @@ def _shard_names(directory: Path, weight_map: dict[str, str] | None) -> list[str
         return names
     if single:
         return [SINGLE]
+    if (directory / "pack.json").exists():
+        raise CheckpointError(f"{directory}: found a pack, expected the checkpoint that it was converted from")
     others = sorted(path.name for path in directory.glob("*.safetensors"))
     if others:
         raise CheckpointError(f"{directory}: found {_some(others)}, expected {SINGLE} or {INDEX}")

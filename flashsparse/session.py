@@ -201,9 +201,11 @@ class Session:
         needed = len(self._tokens) + len(ids)
         capacity = self._caches[0].capacity
         if needed > capacity:
+            remedy = "start again with a larger --max-kv-size (and --dram if it does not fit)"
+            if capacity >= self._engine.context_limit:
+                remedy = "that is the model's whole context: begin a new conversation (in chat: /clear)"
             raise ContextLengthError(
-                f"the conversation has {len(self._tokens)} tokens and {len(ids)} more make {needed}, but --max-kv-size "
-                f"reserved {capacity}; start again with a larger --max-kv-size (and --dram if it does not fit)"
+                f"the conversation needs {needed} tokens, but --max-kv-size reserved {capacity}; {remedy}"
             )
         self._tokens.extend(ids)
 

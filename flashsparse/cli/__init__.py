@@ -6,6 +6,7 @@ error. A command's module is imported only when that command runs; the commands 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -28,6 +29,16 @@ COMMANDS = {
     "doctor": ("flashsparse.cli.doctor", "Measure the drive, and say what speed to expect."),
     "selftest": ("flashsparse.cli.selftest", "Test every kernel on this machine, and print a report."),
     "demo": ("flashsparse.cli.demo", "Stream the embedded model under a small budget."),
+}
+
+# what to do about the system's own errors
+REMEDIES = {
+    errno.ENOSPC: "; free some, or write to another disk",
+    errno.EDQUOT: "; free some, or write to another disk",
+    errno.EACCES: "; change its permissions, or name another path",
+    errno.EROFS: "; name a path on another file system",
+    errno.EEXIST: "; a file is in the way: name another path",
+    errno.ENOTDIR: "; a file is in the way: name another path",
 }
 
 
@@ -107,7 +118,8 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, FlashSparseError):
         return str(error), 2 if isinstance(error, UsageError) else 1
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, 1
+        what = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        return what + REMEDIES.get(error.errno or 0, ""), 1
     if isinstance(error, MemoryError):
         return "out of memory; give a smaller --dram", 1
     return f"internal error: {type(error).__name__}: {error} (flashsparse --debug shows where)", 1

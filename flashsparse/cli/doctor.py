@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
+
+from flashsparse.errors import UsageError
 
 if TYPE_CHECKING:
     from flashsparse.codec_outlook import CodecSample
@@ -62,6 +65,7 @@ def doctor(
         check_plot(plot)
     shape = codec = None
     if model is not None and (model / "pack.json").is_file():
+        _check_unset("tier", "bits")
         shape = pack_shape(model, dram)
         codec = sample_codec(Manifest.load(model), threads or os.cpu_count() or 1)
     elif model is not None:
@@ -77,6 +81,14 @@ def doctor(
         click.echo(json.dumps(report(curve, memory, shape, outlook, codec)))
         return
     click.echo("\n".join([*lines(curve, known, memory, shape, outlook), *codec_lines(curve, codec)]))
+
+
+def _check_unset(*names: str) -> None:
+    """Raises UsageError for options that say how a checkpoint would be converted, given for a pack."""
+    context = click.get_current_context()
+    for name in names:
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise UsageError(f"--{name} is for a checkpoint; a pack has its own (see `flashsparse info`): leave it out")
 
 
 def report(

@@ -64,7 +64,10 @@ class Node:
                 raise PackError(f"{path}: found {path.stat().st_size} bytes, expected at most {MAX_BYTES}")
             data = path.read_bytes()
         except FileNotFoundError:
-            raise PackError(f"{path}: missing; {path.parent} is not a pack") from None
+            remedy = "expected a folder that `flashsparse convert` made"
+            if (path.parent / "config.json").is_file():
+                remedy = f"if it is a checkpoint: `flashsparse convert {path.parent} DST`"
+            raise PackError(f"{path}: missing; {path.parent} is not a pack; {remedy}") from None
         except OSError as problem:
             raise PackError(f"{path}: cannot be read: {problem.strerror}") from problem
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:

@@ -90,7 +90,7 @@ def check_plot(path: str | os.PathLike[str]) -> None:
     if not Path(path).absolute().parent.is_dir():
         raise UsageError(f"{path}: {Path(path).parent} is no directory")
     if find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib: pip install 'flashsparse[plot]'")
+        raise UsageError("plots need matplotlib: pip install matplotlib")
 
 
 def new_figure(panels: int) -> tuple[Any, list[Any]]:

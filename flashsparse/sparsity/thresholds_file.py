@@ -52,12 +52,14 @@ class Thresholds:
 
 
 def write_thresholds(path: str | os.PathLike[str], thresholds: Thresholds) -> None:
-    """Writes the canonical JSON of `thresholds`; the file appears whole or not at all."""
+    """Writes the canonical JSON of `thresholds`; the file appears whole or not at all. Raises OSError naming it."""
     target = Path(path)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.write_text(canonical_json({"format": FORMAT, "version": VERSION, **asdict(thresholds)}), "ascii")
         partial.replace(target)
+    except OSError as problem:
+        raise OSError(problem.errno, problem.strerror, str(target)) from problem
     finally:
         partial.unlink(missing_ok=True)
 

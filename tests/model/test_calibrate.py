@@ -482,3 +482,11 @@ def test_the_time_left_counts_from_the_first_report(monkeypatch: pytest.MonkeyPa
     # Resumed at 40: ten per cent took 60 s.
     said = seconds_left(monkeypatch, [(5.0, "layer 3", 40), (35.0, "layer 3", 45), (65.0, "layer 4", 50)])
     assert said == [" 40%  layer 3", " 50%  layer 4, about 5 min 00 s left"]
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_directory_of_something_else_is_refused_and_left(source: Path, text: Path, resume: bool) -> None:
+    before = sorted(source.iterdir())
+    with pytest.raises(UsageError, match=r"config\.json and no calibration.*--out"):
+        calibrate(source, [text], out=source, tokens=40, window=20, resume=resume)
+    assert sorted(source.iterdir()) == before

@@ -14,6 +14,7 @@ import pytest
 
 import flashsparse
 from flashsparse import flash
+from flashsparse.pack.manifest import Manifest
 from tests.model.packs import make_pack
 from tests.model.predict_packs import make_predict_pack
 
@@ -262,6 +263,16 @@ def test_misuse_is_a_typed_error(pack: Path) -> None:
         flashsparse.load(pack, read_mode="mmap")
     with pytest.raises(flashsparse.UsageError, match="kernels"):
         flashsparse.load(pack, kernels="cuda")
+
+
+def test_a_full_context_is_not_helped_by_a_larger_cache(pack: Path) -> None:
+    limit = int(Manifest.load(pack).config["max_position_embeddings"])
+    with (
+        flashsparse.load(pack, slots=64, max_kv_size=limit) as engine,
+        engine.session() as session,
+        pytest.raises(flashsparse.ContextLengthError, match=f"needs {limit + 1} tokens.*new conversation"),
+    ):
+        session.logits([1] * (limit + 1))
 
 
 def test_a_conversation_that_outgrows_its_cache_stops_and_keeps_what_it_has(pack: Path) -> None:

@@ -114,6 +114,12 @@ def test_shards_without_index(sharded: Path) -> None:
     refused(sharded, "model-00001-of-00003.safetensors", INDEX)
 
 
+def test_a_pack_is_no_checkpoint(sharded: Path) -> None:
+    (sharded / INDEX).unlink()
+    (sharded / "pack.json").touch()
+    refused(sharded, "found a pack", "converted from")
+
+
 @pytest.mark.parametrize("cut", [1, 100, 5000])
 def test_truncated_shard(single: Path, cut: int) -> None:
     file = single / "model.safetensors"

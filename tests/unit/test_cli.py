@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -431,3 +432,18 @@ def test_interrupt_stops_the_reply_only(monkeypatch: pytest.MonkeyPatch, capsys:
     output = capsys.readouterr()
     assert output.out == "o\n"
     assert "(stopped)" in output.err
+
+
+@pytest.mark.parametrize(
+    ("problem", "expected"),
+    [
+        (PermissionError(errno.EACCES, "denied", "a/b"), "a/b: denied; change its permissions"),
+        (FileExistsError(errno.EEXIST, "exists", "a/b"), "a/b: exists; a file is in the way"),
+        (OSError(errno.ENOSPC, "full"), "full; free some"),
+        (OSError(errno.EIO, "broken", "a"), "a: broken"),
+    ],
+)
+def test_the_systems_errors_say_what_to_do(problem: OSError, expected: str) -> None:
+    message, status = cli.explain(problem)
+    assert message.startswith(expected)
+    assert status == 1

@@ -35,6 +35,13 @@ def test_folders(source: Path, tmp_path: Path, folder: str) -> None:
         convert(source, tmp_path / folder / "pack")
 
 
+def test_a_file_in_the_way(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in ("file", "file/deeper"):
+        with pytest.raises(ConvertError, match="a file is in the way: name another destination"):
+            convert(source, tmp_path / folder / "pack")
+
+
 def test_a_loop_of_links(source: Path, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to(tmp_path / "two")
     (tmp_path / "two").symlink_to(tmp_path / "one")

@@ -96,6 +96,13 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["curve"]["sequential"] == 2e9
 
 
+def test_options_of_a_checkpoint_are_refused_for_a_pack(tmp_path: Path) -> None:
+    (tmp_path / "pack.json").touch()
+    for option in (["--tier", "predict"], ["--bits", "16"]):
+        with pytest.raises(UsageError, match=f"{option[0]} is for a checkpoint.*leave it out"):
+            CliRunner().invoke(command.doctor, [str(tmp_path), *option], standalone_mode=False, catch_exceptions=False)
+
+
 def test_when_compressing_pays() -> None:
     sample = CodecSample(8192, 1.6, 1e8, 4e8)
     assert sample.pays_below == pytest.approx(1.5e8)

@@ -304,6 +304,9 @@ def test_messages_stay_short(pack: Manifest, path: str) -> None:
 def test_not_a_pack(tmp_path: Path) -> None:
     with pytest.raises(PackError, match=r"pack\.json: missing; .* is not a pack"):
         Manifest.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(PackError, match=f"is not a pack; .*flashsparse convert {tmp_path} DST"):
+        Manifest.load(tmp_path)
 
 
 def test_sizes_are_checked_on_load(pack: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -218,6 +219,16 @@ def test_dead_neurons_fire_in_less_than_a_thousandth() -> None:
 THRESHOLDS = Thresholds(
     "value", "pplp", 1.0, ModelShape("llama", 64, 96, 2, "silu"), (0.25, 0.0), (0.5, 1.0), 1.0099, ("ab" * 32,), 512
 )
+
+
+def test_thresholds_that_cannot_be_written_name_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="full") as caught:
+        write_thresholds(tmp_path / "thresholds.json", THRESHOLDS)
+    assert caught.value.filename == str(tmp_path / "thresholds.json")
 
 
 def test_a_thresholds_file_is_read_as_it_was_written(tmp_path: Path) -> None:
