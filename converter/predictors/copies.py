@@ -20,6 +20,7 @@ from flashsparse.sparsity.selection import scores_from_gate, scores_from_gate_up
 Inputs = Moments | np.ndarray | None
 _MEAN_KEPT = 0.01  # of the mean's power where a bias takes up its error: other text has a slightly different mean
 _RANGE = 16.0  # rows are weighed by at most this, and at least its inverse
+_DIGITS = 2.0**-10  # a scale that rounding changes by more, because 16 bits hold it no better, is left as it is
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,22 @@ def weighed(copy: Copies, weights: LayerWeights, name: str, param: float | None)
         norms = norms * np.linalg.norm(weights.up, axis=1)
     worth = _relative(np.sqrt(norms) if name == "relu2" else norms)
     gate = copy.gate
-    scales, biases = ((part * worth[:, None]).astype(part.dtype) for part in (gate.scales, gate.biases))
-    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
-        return copy
+    worth = np.where(_holds(gate.scales, worth) & _holds(gate.biases, worth), worth, np.float32(1))
+    scales, biases = (_times(part, worth) for part in (gate.scales, gate.biases))
     bias = None if copy.bias is None else copy.bias * worth
     return replace(copy, gate=replace(gate, scales=scales, biases=biases), bias=bias)
+
+
+def _times(part: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        return (part.astype(np.float32) * worth[:, None]).astype(part.dtype)
+
+
+def _holds(part: np.ndarray, worth: np.ndarray) -> np.ndarray:
+    """bool [I]: whether a row's product keeps its digits in the part's own type."""
+    exact = part.astype(np.float64) * worth[:, None]
+    found: np.ndarray = np.isclose(_times(part, worth), exact, rtol=_DIGITS, atol=0).all(axis=1)
+    return found
 
 
 def _relative(worth: np.ndarray) -> np.ndarray:

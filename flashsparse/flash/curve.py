@@ -184,7 +184,7 @@ def load_curve(cache: Path, folder: Path) -> Curve | None:
             _rates(stored["buffered"]),
             *(float(stored[name]) for name in ("sequential", "measured", "spread")),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     whole = all(math.isfinite(value) and value > 0 for value in (curve.sequential, curve.measured, curve.spread))
     known = curve.device == device_name(folder) and (curve.direct or curve.buffered) and whole

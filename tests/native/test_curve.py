@@ -52,8 +52,9 @@ def test_a_damaged_cache_is_no_curve(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     "key,value",
-    [("device", "another"), ("direct", [[1.0]]), ("sequential", -1), ("measured", 0), ("spread", None), ("version", 0)],
-)
+    [("device", "another"), ("direct", [[1.0]]), ("sequential", -1), ("sequential", 10**400), ("measured", 0),
+     ("spread", None), ("version", 0)],
+)  # fmt: skip
 def test_a_curve_of_another_device_or_shape_is_no_curve(tmp_path: Path, key: str, value: object) -> None:
     save_curve(made(1e-5, 1e9, curve.device_name(tmp_path)), tmp_path, tmp_path)
     assert load_curve(tmp_path, tmp_path) is not None

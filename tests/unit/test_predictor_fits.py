@@ -355,3 +355,14 @@ def test_neurons_that_are_worth_nothing_or_everything(layer: Layer) -> None:
         found = weighed(copy, weights, "relu", None)
         assert np.isfinite(found.scores("relu", None, layer.x)).all()
         assert (np.sign(found.gate.scales) == np.sign(copy.gate.scales)).all()
+
+
+def test_rows_whose_scales_would_lose_their_digits_stay(layer: Layer) -> None:
+    gate = (layer.gate / np.abs(layer.gate).max()).astype(np.float32)
+    gate[2] *= np.float32(5e-5)  # a scale of few digits
+    gate[5] *= np.float32(3e4)  # one beyond the type, where it is weighed
+    copy = fit_gate_copy(gate, None, 2, 64)
+    weights: Any = SimpleNamespace(gate=None, up=gate, down_norms=np.where(np.arange(WIDTH) == 5, np.float32(1e9), 1))
+    ratios = weighed(copy, weights, "relu", None).gate.scales.astype(np.float32) / copy.gate.scales
+    assert (ratios[[2, 5]] == 1).all()
+    assert (np.delete(ratios, [2, 5], axis=0) == 1 / 16).all()
