@@ -10,6 +10,7 @@ The layout and the plain copy that is the start are in `flashsparse.sparsity.low
 from __future__ import annotations
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from converter.predictors.products import matmul
 from flashsparse.errors import UsageError
@@ -221,7 +222,9 @@ class _Fit:
             normal[:, at:groups, at] = normal[:, at, at:groups] = products
         diagonal = np.einsum("nii->ni", normal)
         diagonal += _RIDGE * diagonal + np.finfo(np.float32).tiny
-        return np.asarray(np.linalg.solve(normal, wanted.T[:, :, None])[:, :, 0].T)
+        # A small system per row: BLAS's threads would wait for each other in each, 30 times as long on a busy machine.
+        with threadpool_limits(1, user_api="blas"):
+            return np.asarray(np.linalg.solve(normal, wanted.T[:, :, None])[:, :, 0].T)
 
 
 def _half(values: np.ndarray) -> np.ndarray:
