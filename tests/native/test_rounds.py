@@ -214,6 +214,19 @@ def test_a_layer_starts_the_reads_of_the_next(path: Path, records: np.ndarray) -
         assert first.counters.hint_s > 0
 
 
+def test_a_layer_that_needs_nothing_starts_the_reads_of_the_next(path: Path, records: np.ndarray) -> None:
+    scoring, h = np.ones((RECORDS, D), np.float32), np.ones((1, D), np.float32)
+    scoring[:280] = -1
+    with Layer(path, 120) as first, Layer(path, 120) as second:
+        second.share(first)
+        assert not first.run(np.empty(0, np.int32), h, hint=second.hint(scoring, 0.5).of(h)).any()
+        assert np.flatnonzero(second.table.native.slot_of < -1).tolist() == list(range(280, RECORDS))
+        ids = np.arange(270, 290, dtype=np.int32)
+        assert np.array_equal(second.run(ids, h), at_once(records, ids, h))
+        assert second.counters.prefetch_used == 10
+        second.check(records)
+
+
 def test_a_hint_that_fails_costs_nothing(path: Path, tmp_path: Path, records: np.ndarray) -> None:
     scoring, h = np.ones((RECORDS, D), np.float32), np.ones((1, D), np.float32)
     scoring[:280] = -1

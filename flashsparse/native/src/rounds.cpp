@@ -214,6 +214,7 @@ int32_t fs_rounds::run(const fs_home& home, const int32_t* ids, int64_t n, const
     int32_t status = FS_DONE;
     for (int64_t first = 0; first < n && !status; first += width)
         status = round(home, ids + first, std::min(width, n - first), in, tally);
+    if (!n) hint(tally);
     finish(tally);
     if (next && !next_) present_ ^= 1;
     if (!status) fs_slots_end_step(home.slots);
