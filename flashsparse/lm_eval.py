@@ -79,7 +79,7 @@ class FlashSparseLM(LM):
         """Token ids; `special` adds what begins a text, unless the text spells it out."""
         begin = self.tokenizer.bos_token
         special = special and not (begin and text.startswith(begin))
-        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=special)]
+        return [int(token) for token in self.tokenizer.encode(text, add_special_tokens=special, verbose=False)]
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is the greedy one) of each (context, continuation)."""

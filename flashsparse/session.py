@@ -217,7 +217,7 @@ class Session:
         fresh = not self._tokens
         try:
             prompt.encode()  # a lone surrogate is no character
-            ids: list[int] = self._engine.tokenizer.encode(prompt, add_special_tokens=fresh)
+            ids: list[int] = self._engine.tokenizer.encode(prompt, add_special_tokens=fresh, verbose=False)
         except Exception as error:
             reason = " ".join(str(error).split())
             raise UsageError(f"the tokenizer refuses the prompt ({type(error).__name__}: {reason})") from error

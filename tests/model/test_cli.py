@@ -76,6 +76,7 @@ def add_tokenizer(folder: Path, template: str | None = None) -> None:
     tokenizer.decoder = decoders.Fuse()
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config["model_max_length"] = 16
     if template:
         config["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -119,6 +120,14 @@ def test_generate_json_from_a_process_of_its_own(home: None, bare_pack: Path) ->
     assert result["flash_reads"] > 0
     assert result["peak_memory_bytes"] - result["runtime_bytes"] <= result["budget_bytes"]
     assert result["finish_reason"] == "length"
+
+
+def test_a_prompt_beyond_the_context_is_refused_in_one_line(home: None, pack: Path) -> None:
+    command = [sys.executable, "-m", "flashsparse", "generate", str(pack), "-p", "a" * 5000]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    after_plan = done.stderr.partition("runtime ")[2].splitlines()[1:]
+    assert len(after_plan) == 1 and "begin a new conversation" in after_plan[0], done.stderr
 
 
 def test_generate_reads_standard_input_and_streams_text(run: Run, pack: Path) -> None:
