@@ -194,6 +194,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64])
     parser.add_argument("--epochs", type=int, default=20, help="of Deja Vu's training; 0: no trained predictors")
+    parser.add_argument("--draw", choices=sorted(draw.MEASURES), default="perplexity", help="what the picture shows")
     parser.add_argument("--only-default", action="store_true", help="the default predictor alone")
     return parser.parse_args()
 
@@ -225,7 +226,7 @@ def main() -> None:
             "hints": [] if args.only_default else measure_hints(model, in_order, bench.at_recall(usual, 0.98), usual),
         }
     (args.out / "frontier.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw.frontier(result, args.out / "frontier.png")
+    draw.frontier(result, args.out / "frontier.png", args.draw)
     print(f"{time.monotonic() - began:.0f} s; wrote {args.out / 'frontier.json'} and frontier.png")
 
 

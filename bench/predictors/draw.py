@@ -5,33 +5,41 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FLOOR = 0.02  # percent: changes below this are drawn here
+# What is drawn: the axis's text, the row's value, and where smaller values are drawn.
+MEASURES = {
+    "perplexity": ("perplexity change, % (log scale; 0.02 and less at the bottom)", "perplexity_change_percent", 0.02),
+    "kl": ("KL to the dense model, nats (log scale; 0.00001 and less at the bottom)", "kl", 1e-5),
+}
 
 
-def frontier(result: dict[str, Any], path: Path) -> None:
-    """Left: perplexity change against the density loaded. Right: against resident bytes, at two densities."""
+def frontier(result: dict[str, Any], path: Path, measure: str = "perplexity") -> None:
+    """Left: quality against the density loaded. Right: against resident bytes, at two densities.
+
+    `measure` is perplexity or kl, which also speaks for a model whose perplexity means nothing.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 6.6), constrained_layout=True, sharey=True)
+    label, key, floor = MEASURES[measure]
     names = list(dict.fromkeys(row["predictor"] for row in result["frontier"]))
     for number, name in enumerate(names):
         rows = [row for row in result["frontier"] if row["predictor"] == name]
         style = _style(name, number)
-        left.plot([r["of_true"] for r in rows], [_change(r) for r in rows], label=name, **style)
+        left.plot([r["of_true"] for r in rows], [max(floor, r[key]) for r in rows], label=name, **style)
         for row in rows:
             if row["goal"] in (0.65, 1.0) and row["predictor_share"]:
-                kept = {key: style[key] for key in ("color", "marker")}
+                kept = {part: style[part] for part in ("color", "marker")}
                 size = 55 if row["goal"] == 1.0 else 18
-                right.scatter([100 * row["predictor_share"]], [_change(row)], s=size, **kept)
+                right.scatter([100 * row["predictor_share"]], [max(floor, row[key])], s=size, **kept)
     for axes in (left, right):
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
     left.set_xlabel("neurons loaded, relative to those truly active")
-    left.set_ylabel("perplexity change, % (log scale; 0.02 and less at the bottom)")
+    left.set_ylabel(label)
     left.set_xlim(0.2, 1.7)
     figure.legend(*left.get_legend_handles_labels(), fontsize=8, ncols=4, loc="outside lower center", frameon=False)
     right.set_xlabel("predictor's bytes, % of the FFN's in 16 bits")
@@ -40,10 +48,6 @@ def frontier(result: dict[str, Any], path: Path) -> None:
     left.set_title(f"{result['model']}: {100 * active:.1f} % of the neurons are active", fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
-
-
-def _change(row: dict[str, Any]) -> float:
-    return max(FLOOR, float(row["perplexity_change_percent"]))
 
 
 def _style(name: str, number: int) -> dict[str, Any]:
