@@ -46,7 +46,7 @@ def lookahead_parts(stats: dict[str, Any]) -> list[str]:
 def start_part(stats: dict[str, Any]) -> str:
     """What loading and the prompt would take together at the drive's rate in order; nothing without a curve."""
     limit, load = stats.get("start_limit_s"), stats.get("load_s", 0.0)
-    return "" if limit is None else f" (and {load:.1f} s loading; limit of both {limit:.1f} s)"
+    return "" if limit is None else f" (and {load:.1f} s loading; at the drive's rate {limit:.1f} s)"
 
 
 def drive_parts(stats: dict[str, Any]) -> list[str]:

@@ -42,5 +42,5 @@ def test_the_first_token_at_the_rate_in_order() -> None:
     limit = start_limit(4_000_000_000, Counters(needed_bytes=1_000_000_000), CURVE)
     assert limit == pytest.approx(1 + START_S)
     assert start_limit(1, Counters(), None) is None
-    assert start_part({"start_limit_s": limit, "load_s": 2.5}) == " (and 2.5 s loading; limit of both 3.0 s)"
+    assert start_part({"start_limit_s": limit, "load_s": 2.5}) == " (and 2.5 s loading; at the drive's rate 3.0 s)"
     assert start_part({"start_limit_s": None, "load_s": 2.5}) == ""
