@@ -64,6 +64,9 @@ class Sizes:
         least = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(self._smallest_tile()), **needs)
         budget = least.floor if slots is not None else _budget(dram, least, runtime)
         tile = self._tile_for(max(0, budget - least.floor))
+        if slots is None and dram is None:  # everything, the tiles as large as they are now included
+            whole = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(tile), **needs)
+            budget = _budget(None, whole, runtime)
         return memory.make_plan(budget=budget, scratch=self.scratch_bytes(tile), **needs), tile
 
     def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None) -> dict[str, Any]:

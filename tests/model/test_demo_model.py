@@ -63,6 +63,12 @@ def test_greedy_text_is_transformers(budget: str, vectors: dict[str, Any], pack:
             assert_greedy(feed_greedily(engine, case), case)
 
 
+def test_without_a_budget_everything_has_a_slot(pack: Path) -> None:
+    with flashsparse.load(pack) as engine:
+        assert set(engine.plan.slots) == {engine.manifest.intermediate_size}
+        assert engine.plan.budget == engine.plan.needs_all
+
+
 def feed_greedily(engine: Any, case: dict[str, Any]) -> list[int]:
     """The engine's best token after each token of the reference, so that an end token does not end the comparison."""
     with engine.session() as session:
