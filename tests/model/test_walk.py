@@ -296,7 +296,8 @@ def test_states_in_memory_and_on_disk(tmp_path: Path) -> None:
 
 
 def test_a_layer_is_not_held_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("converter.weights.BLOCK_BYTES", 1 << 18)
+    for module in ("converter.weights", "flashsparse.pack.codec"):
+        monkeypatch.setattr(f"{module}.BLOCK_BYTES", 1 << 18)
     source = write_checkpoint(tmp_path / "source", hidden=256, intermediate=4096, layers=2, dtype="BF16")
     for path in (source, convert(source, tmp_path / "pack"), convert(source, tmp_path / "four", bits=4)):
         with open_model(path) as m:
