@@ -195,9 +195,9 @@ def test_prefill_limits_follow_from_the_counters(exact: Path) -> None:
     assert found["limit_s"]["reading"] == 2.0 and found["share_of_limit"] == 0.5
     resident = manifest.files["resident.safetensors"].bytes
     assert found["limit_s"]["first_token"] == pytest.approx(2 + (resident + 10 * manifest.record.bytes) / 1e6)
-    attention = 2 * 128 * 64 * (2 * 2 + 2 * 1) + 128 * 256  # of both layers, and the head
-    assert prefill.operations(manifest, 1, 0) == 2 * attention
-    assert prefill.operations(manifest, 0, 1) == 2 * 2 * 128  # up and down: the gate is resident
+    attention, head = 2 * 128 * 64 * (2 * 2 + 2 * 1), 128 * 256  # of both layers; of the last token
+    assert prefill.operations(manifest, 3, 0) == 2 * (3 * attention + head)
+    assert prefill.operations(manifest, 0, 1) == 2 * (head + 2 * 128)  # up and down: the gate is resident
 
 
 def test_conversion_limits_are_reading_and_writing_once() -> None:
