@@ -61,6 +61,18 @@ class Session:
         """How many of `tokens` the KV cache holds: all, or all but the last sampled one. 0 once closed."""
         return self._caches[0].offset if self._caches else 0
 
+    @property
+    def full(self) -> bool:
+        """Whether nothing more can be fed or generated: the tokens fill the KV cache, and one waits beyond it."""
+        return bool(self._caches) and len(self._tokens) > self._caches[0].capacity
+
+    @property
+    def remedy(self) -> str:
+        """What helps a conversation that does not fit its KV cache."""
+        if self._caches and self._caches[0].capacity >= self._engine.context_limit:
+            return "that is the model's whole context: begin a new conversation (in chat: /clear)"
+        return "start again with a larger --max-kv-size (and --dram if it does not fit)"
+
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Feed the tokens and return the float32 logits after each, [T, V].
 
@@ -91,8 +103,9 @@ class Session:
         """Continue the conversation with `prompt`, then sample up to `max_tokens` tokens, yielding each as it is made.
 
         temp 0 is greedy; top_p in (0, 1], top_k 0 is off; a seed in 0..2**63-1 makes sampling repeatable. Stops at an
-        end token (finish_reason "stop") or at max_tokens ("length"). Stopping the iteration early keeps what was
-        yielded; another call that changes the conversation ends it with a SessionError.
+        end token (finish_reason "stop"), at max_tokens or where the KV cache is full ("length"; `full` tells which).
+        Stopping the iteration early keeps what was yielded; another call that changes the conversation ends it with a
+        SessionError. ContextLengthError: the prompt alone does not fit, and nothing was fed.
         Raises UsageError, ContextLengthError, FlashReadError, NumericError.
         """
         check_sampling(max_tokens, temp, top_p, top_k, seed)
@@ -159,7 +172,8 @@ class Session:
         for count in range(1, max_tokens + 1):
             began, before = time.perf_counter(), engine.counters.copy()
             token = self._next(ids if count == 1 else [], sample, epoch)
-            reason = "stop" if token in engine.end_tokens else "length" if count == max_tokens else None
+            ended = count == max_tokens or self.full
+            reason = "stop" if token in engine.end_tokens else "length" if ended else None
             segment = text.add(token, reason)
             stats.generation_tokens = count
             stats.peak_memory_bytes = engine.peak_memory()
@@ -201,11 +215,8 @@ class Session:
         needed = len(self._tokens) + len(ids)
         capacity = self._caches[0].capacity
         if needed > capacity:
-            remedy = "start again with a larger --max-kv-size (and --dram if it does not fit)"
-            if capacity >= self._engine.context_limit:
-                remedy = "that is the model's whole context: begin a new conversation (in chat: /clear)"
             raise ContextLengthError(
-                f"the conversation needs {needed} tokens, but --max-kv-size reserved {capacity}; {remedy}"
+                f"the conversation needs {needed} tokens, but --max-kv-size reserved {capacity}; {self.remedy}"
             )
         self._tokens.extend(ids)
 

@@ -19,7 +19,7 @@ from flashsparse.arguments import shown
 from flashsparse.cli.conversation import Conversation
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack, state_dir
-from flashsparse.cli.report import printable, quality_report, stats_line, write
+from flashsparse.cli.report import full_note, printable, quality_report, stats_line, write
 from flashsparse.errors import FlashSparseError, UsageError
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ class Chat:
                 write("\n")
         if interrupted:
             click.echo("(stopped)", err=True)
+        elif self.conversation.session.full:
+            click.echo(full_note(self.conversation.session), err=True)
         if self.always_stats and self.last_stats:
             click.echo(stats_line(self.last_stats), err=True)
             self._warn_of_drift()

@@ -10,7 +10,7 @@ import click
 
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack
-from flashsparse.cli.report import printable, stats_line, write
+from flashsparse.cli.report import full_note, printable, stats_line, write
 from flashsparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ def run(engine: Engine, prompt: str | list[int], sampling: Sampling) -> dict[str
         finally:
             if tokens:
                 write("\n")
+        if session.full:
+            click.echo(full_note(session), err=True)
     figures = last.stats.to_dict() if last is not None else {}
     reason = last.finish_reason if last is not None else None
     return {"text": "".join(pieces), "tokens": tokens, "finish_reason": reason, **figures}

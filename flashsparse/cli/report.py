@@ -6,9 +6,12 @@ Formats what Stats and MemoryPlan say; computes nothing that they do not state.
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flashsparse.memory import format_bytes
+
+if TYPE_CHECKING:
+    from flashsparse import Session
 
 
 def stats_line(stats: dict[str, Any]) -> str:
@@ -64,6 +67,11 @@ def quality_report(tier: str, quality: dict[str, Any] | None, problem: str | Non
     if problem is not None:
         return [f"not known: {problem}"]
     return ["not measured: run `flashsparse eval`"] if tier == "predict" else []
+
+
+def full_note(session: Session) -> str:
+    """Why a reply ended at the end of the context, and what helps."""
+    return f"the context is full at {session.fed} tokens, so the reply ends here: {session.remedy}"
 
 
 def percent(share: float | None) -> str:

@@ -130,6 +130,23 @@ def test_a_prompt_beyond_the_context_is_refused_in_one_line(home: None, pack: Pa
     assert len(after_plan) == 1 and "begin a new conversation" in after_plan[0], done.stderr
 
 
+def test_the_end_of_the_context_ends_the_reply(run: Run, pack: Path) -> None:
+    done = run("generate", pack, "-p", "hello", "-n", "500", "--max-kv-size", "32", "--json")
+    assert done.returncode == 0, done.stderr
+    text, result = done.stdout.splitlines()[0], json.loads(done.stdout.splitlines()[-1])
+    assert (result["finish_reason"], len(result["tokens"]), result["text"]) == ("length", 28, text)
+    assert "context is full at 32 tokens" in done.stderr and "larger --max-kv-size" in done.stderr
+
+
+def test_chat_keeps_the_reply_that_fills_the_context(run: Run, pack: Path) -> None:
+    done = run("chat", pack, "-n", "500", "--temp", "0", "--max-kv-size", "32", text="hello\nmore\n/clear\nhello\n")
+    assert done.returncode == 0, done.stderr
+    first, refused, again = done.stdout.splitlines()
+    assert first == again and len(first) > 20 and refused == ""
+    assert done.stderr.count("context is full at 32 tokens") == 2
+    assert done.stderr.count("--max-kv-size reserved 32") == 1
+
+
 def test_generate_reads_standard_input_and_streams_text(run: Run, pack: Path) -> None:
     piped = run("generate", pack, "-p", "-", "-n", "12", text="hello")
     given = run("generate", pack, "-p", "hello", "-n", "12")

@@ -277,11 +277,21 @@ def test_a_full_context_is_not_helped_by_a_larger_cache(pack: Path) -> None:
 
 def test_a_conversation_that_outgrows_its_cache_stops_and_keeps_what_it_has(pack: Path) -> None:
     with flashsparse.load(pack, slots=64, max_kv_size=64) as engine, engine.session() as session:
-        made = []
+        made = list(session.generate(PROMPT[:60], max_tokens=50))
+        assert [piece.finish_reason for piece in made] == [None] * 4 + ["length"]
+        assert len(session.tokens) == 65 and session.fed == 64 and session.full
         with pytest.raises(flashsparse.ContextLengthError):
-            for piece in session.generate(PROMPT[:60], max_tokens=50):
-                made.append(piece.token)
-        assert len(session.tokens) == 60 + len(made) == 65
+            next(session.generate([1]))
+        assert len(session.tokens) == 65
+
+
+def test_a_reply_that_just_fits_leaves_room(pack: Path) -> None:
+    with flashsparse.load(pack, slots=64, max_kv_size=64) as engine, engine.session() as session:
+        assert len(list(session.generate(PROMPT[:60], max_tokens=4))) == 4
+        assert not session.full
+        with pytest.raises(flashsparse.ContextLengthError):  # the prompt alone exceeds the cache
+            next(session.generate([1]))
+        assert len(session.tokens) == 64
 
 
 @pytest.mark.parametrize("bits,tier", [(16, "exact"), (4, "exact"), (8, "dense")])
