@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import warnings
 from types import TracebackType
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ class FlashFile:
         if mode not in MODES:
             raise UsageError(f"read mode {mode!r} is not one of {', '.join(MODES)}")
         self.path = os.fspath(path)
-        self.sector = 1
+        self.sector, self.direct = 1, False
         self.fd = -1
         try:
             if mode != "buffered":
@@ -67,6 +68,11 @@ class FlashFile:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
+
+    def __del__(self) -> None:
+        if getattr(self, "fd", -1) >= 0:
+            warnings.warn(f"unclosed {self!r}: close it, or the engine that reads from it", ResourceWarning, 2, self)
+            self.close()
 
     def __enter__(self) -> FlashFile:
         return self

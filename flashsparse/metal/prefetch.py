@@ -61,7 +61,7 @@ class MetalPrefetch(Prefetch):
         if ahead is None or ahead.over:
             self.finish()
             return
-        ids = ahead.reservation.ids
+        ids, arrived = ahead.reservation.ids, ahead.arrived
         requests, nbytes = ahead.plan.moved(np.ones(len(ids), bool))
         self.counters.flash_reads += requests
         self.counters.flash_bytes += nbytes
@@ -69,7 +69,7 @@ class MetalPrefetch(Prefetch):
         began = time.perf_counter()
         self.finish()
         self.counters.io_wait_s += time.perf_counter() - began
-        self._landed = ids
+        self._landed = ids[arrived]  # of a read that failed nothing arrives
 
     def account(self, needed: np.ndarray) -> None:
         """Count what was made of the records that landed: `needed` are the ascending records of the layer's list."""

@@ -155,6 +155,17 @@ def test_a_read_ahead_that_fails_is_read_again(
     assert error(found, expected) < SAME and calls > 10
 
 
+def test_a_read_ahead_that_fails_was_of_no_use(packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(ahead: prefetch.Ahead, least: int) -> np.ndarray:
+        raise FlashReadError("as a drive does", "", 0, 0, 5)
+
+    monkeypatch.setattr(prefetch.Ahead, "_done", fail)
+    with load(packs["exact"], "token") as engine:
+        decode(engine)
+        assert engine.counters.prefetched > 0
+        assert engine.counters.prefetch_used == engine.counters.prefetch_wasted_bytes == 0
+
+
 @pytest.mark.parametrize("owner", [Lookup, Timeline, Batch, MetalFFN])
 def test_an_interrupted_token_is_fed_again(
     owner: type, packs: dict[str, Path], monkeypatch: pytest.MonkeyPatch

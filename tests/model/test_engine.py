@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import os
 import subprocess
@@ -238,6 +240,29 @@ def test_a_saved_session_continues_with_the_same_bits(pack: Path, tmp_path: Path
         pytest.raises(flashsparse.SessionError, match="pack"),
     ):
         session.load(file)
+
+
+def descriptors(pack: Path) -> int:
+    """How many of this process's are of the pack's files."""
+    files = {(entry.stat().st_dev, entry.stat().st_ino) for entry in pack.iterdir()}
+    found = 0
+    for number in range(1024):
+        with contextlib.suppress(OSError):
+            stat = os.fstat(number)
+            found += (stat.st_dev, stat.st_ino) in files
+    return found
+
+
+@pytest.mark.parametrize("layers", ["native", "modules"])
+def test_an_engine_that_is_dropped_unclosed_says_so_and_leaves_no_descriptor(pack: Path, layers: str) -> None:
+    engine = flashsparse.load(pack, slots=64, layers=layers)
+    session = engine.session()
+    assert list(session.generate([1, 2, 3], max_tokens=2))
+    assert descriptors(pack) == 4
+    with pytest.warns(ResourceWarning, match=r"unclosed FlashFile\(.*close it, or the engine"):
+        del engine, session
+        gc.collect()
+    assert descriptors(pack) == 0
 
 
 def test_misuse_is_a_typed_error(pack: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import mmap
+import os
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -68,6 +70,21 @@ use()
 def test_a_fork_is_refused_and_ends(tmp_path: Path, how: str) -> None:
     (tmp_path / "file").write_bytes(bytes(64))
     subprocess.run([sys.executable, "-c", FORKING, str(tmp_path / "file"), how], check=True, timeout=100)
+
+
+def test_a_file_that_is_dropped_is_closed_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(64))
+    file = FlashFile(tmp_path / "file")
+    number = file.fd
+    with pytest.warns(ResourceWarning, match=f"unclosed FlashFile.*{tmp_path}"):
+        del file
+    with pytest.raises(OSError):
+        os.fstat(number)
+    closed = FlashFile(tmp_path / "file")
+    closed.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        del closed
 
 
 def test_closing_workers_during_calls() -> None:
