@@ -37,6 +37,7 @@ from flashsparse.sparsity.thresholds_file import ModelShape
 
 TOLERANCE = 1e-6  # of the bisection, in the setting that is searched
 SAME = 1e-4  # ends of a bisection whose sets differ by less than this share of the neurons are the same
+WALK = 10_000  # parts of a walk that progress counts
 IN_MEMORY = 256 << 20  # bytes of residual states that a walk keeps in memory
 Windows = Sequence[np.ndarray]
 Find = Callable[[int, LayerWeights], float]  # a layer's threshold, from its number and its weights
@@ -79,15 +80,40 @@ def check_setting(metric: str, setting: float, activation: str) -> None:
         raise UsageError(f"fat: epsilon 0 skips exact zeros, and {activation} has none; give a larger one, or use pplp")
 
 
+def search_walks() -> int:
+    """Walks that `Sparsing.search` takes at most."""
+    return 1 + math.ceil(math.log2(1 / TOLERANCE))
+
+
+class Walks:
+    """Progress of all walks of a measurement together, in parts of `total` walks of equal size."""
+
+    def __init__(self, progress: Progress, total: int, most: bool) -> None:
+        self._progress, self._total, self._most = progress, total, "at most " if most else ""
+        self._walk = 0
+
+    def begin(self, what: str) -> Progress:
+        """For the next walk."""
+        before = self._walk
+        self._walk += 1
+        self._total = max(self._total, self._walk)
+        name = f"walk {self._walk} of {self._most}{self._total}, {what}"
+
+        def tell(layer: str, done: int, each: int) -> None:
+            self._progress(f"{name}, {layer}", WALK * before + WALK * done // each, WALK * self._total)
+
+        return tell
+
+
 class Sparsing:
     """Measures one model on the windows of a text. `open_sparsing` makes one.
 
     Holds one layer's weights and a block's activations at a time, and what `Samples` states on disk.
     """
 
-    def __init__(self, model: Model, windows: Windows, samples: Samples, work: Path, progress: Progress) -> None:
+    def __init__(self, model: Model, windows: Windows, samples: Samples, work: Path, walks: Walks) -> None:
         self.model, self.windows, self.samples = model, windows, samples
-        self._work, self._progress = work, progress
+        self._work, self._walks = work, walks
         self.dense_loss = math.nan  # nats per predicted token; set by `dense`
         self.density: tuple[float, ...] = ()  # share of act(g) that is not zero, per layer
 
@@ -149,7 +175,7 @@ class Sparsing:
         best, beyond = self.at(metric, setting(low)), None
         if best.ppl_ratio >= ppl_ratio:
             raise UsageError(f"{metric}: perplexity ratio {best.ppl_ratio:.4f} when hardly a neuron is skipped")
-        least = TOLERANCE * (high - low)
+        least = TOLERANCE * (high - low)  # `search_walks` counts on it
         while high - low > least and not (beyond and self._same(best, beyond)):
             middle = (low + high) / 2
             point = self.at(metric, setting(middle))
@@ -194,9 +220,7 @@ class Sparsing:
     ) -> float:
         """Mean nats per predicted token of a walk."""
 
-        def progress(layer: str, done: int, total: int) -> None:
-            self._progress(f"{what}, {layer}", done, total)
-
+        progress = self._walks.begin(what)
         work = self._work if self.tokens * self.model.hidden_size * 4 > IN_MEMORY else None
         states = walk(self.model, self.windows, visit, on_layer=on_layer, work=work, progress=progress)
         try:
@@ -235,20 +259,23 @@ def open_sparsing(
     calibration: Windows | None = None,
     sample_tokens: int = SAMPLE_TOKENS,
     progress: Progress | None = None,
+    walks: int = 1,
 ) -> Iterator[Sparsing]:
     """Walks the dense model once and yields what measures it. Temporary files are gone at the end.
 
     Thresholds are found on at most `sample_tokens` tokens, evenly spaced, of `calibration` (else of `windows`);
-    perplexity and ratios are measured on `windows`. `metrics` says which samples are needed. Raises ConvertError when
-    the disk of temporary files is full.
+    perplexity and ratios are measured on `windows`. `metrics` says which samples are needed. `progress` is told of this
+    walk and of the `walks` that follow, 1 for a setting, at most `search_walks()` for a search, as parts of one whole.
+    Raises ConvertError when the disk of temporary files is full.
     """
-    progress = progress or (lambda what, done, total: None)
+    told = Walks(progress or (lambda what, done, total: None), 1 + (calibration is not None) + walks, walks > 1)
     with _temporary() as work:
         source = windows if calibration is None else calibration
         quantities = {"gate" if METRICS[metric] == "gate" else "hidden" for metric in metrics}
         samples = Samples(model, source, quantities, sample_tokens, Path(work))
-        sparsing = Sparsing(model, windows, samples, Path(work) / "walk", progress)
+        sparsing = Sparsing(model, windows, samples, Path(work) / "walk", told)
         if calibration is not None:
-            walk(model, calibration, samples.add, work=Path(work) / "walk", progress=progress).remove()
+            tell = told.begin("calibration text")
+            walk(model, calibration, samples.add, work=Path(work) / "walk", progress=tell).remove()
         sparsing.dense(collect=calibration is None)
         yield sparsing

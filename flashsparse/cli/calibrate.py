@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-if TYPE_CHECKING:
-    from converter.walk import Progress
+from flashsparse.cli.progress import walk_progress
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 COLUMNS = ("layer", "density", "kept 1", "kept 4", "kept 16", "union 4", "jaccard", "similarity", "never active")
@@ -126,47 +122,3 @@ def _row(number: int, layer: dict[str, Any]) -> tuple[str, ...]:
         "-" if similarity is None else f"{similarity:.3f}",
         "-" if never is None else str(never),
     )
-
-
-@contextmanager
-def walk_progress() -> Iterator[Progress]:
-    """A bar on a terminal, one line per layer otherwise, both with the time left and on standard error."""
-    if not sys.stderr.isatty():
-        yield _Lines()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    columns = BarColumn(), TaskProgressColumn(), TimeRemainingColumn()
-    with Bar(TextColumn("{task.description}"), *columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading the text", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield show
-
-
-class _Lines:
-    """Progress as plain lines: one when a layer begins."""
-
-    def __init__(self) -> None:
-        self.what = ""
-        self.began, self.first = 0.0, 0
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not self.what:
-            self.began, self.first = now, done
-        if what != self.what:
-            self.what = what
-            click.echo(f"{done / total:4.0%}  {what}{self._left(now, done, total)}", err=True)
-
-    def _left(self, now: float, done: int, total: int) -> str:
-        """The time left at the pace since the first report, which is not of the whole when a run was resumed."""
-        if done == self.first:
-            return ""
-        seconds = round((now - self.began) * (total - done) / (done - self.first))
-        minutes, rest = divmod(seconds, 60)
-        return f", about {minutes} min {rest:02} s left" if minutes else f", about {rest} s left"

@@ -154,7 +154,7 @@ class _Stages:
         self._show("writing")(file, done, total)
 
     def _show(self, stage: str) -> Progress:
-        from flashsparse.cli.calibrate import walk_progress
+        from flashsparse.cli.progress import walk_progress
 
         if self._tell is None or stage != self._stage:
             self._shown.close()
@@ -184,17 +184,18 @@ def _progress() -> Iterator[Progress]:
 
 
 class _Lines:
-    """Progress as plain lines: one when a file begins."""
+    """Progress as plain lines: one when a file begins, and one at the end."""
 
     def __init__(self) -> None:
-        self.file = ""
+        self.said: tuple[str, bool] | None = None
 
     def __call__(self, file: str, done: int, total: int) -> None:
+        from flashsparse.cli.progress import percent_done
         from flashsparse.memory import format_bytes
 
-        if file != self.file:
-            self.file = file
-            click.echo(f"{done / total:4.0%} of {format_bytes(total)}  {file}", err=True)
+        if self.said != (file, done >= total):
+            self.said = file, done >= total
+            click.echo(f"{percent_done(done, total)} of {format_bytes(total)}  {file}", err=True)
 
 
 def summary(manifest: Manifest) -> list[str]:

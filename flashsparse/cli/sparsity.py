@@ -6,15 +6,14 @@ Owns options, progress and the table. Measuring is `converter.sparsing`, drawing
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from flashsparse.cli.progress import walk_progress
 from flashsparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 
     from converter.model import Model
     from converter.sparsing import Point, Sparsing
-    from converter.walk import Progress
     from flashsparse.sparsity.thresholds_file import Thresholds
 
 METRICS = ("topk", "fat", "pplp", "cats", "teal")  # flashsparse.sparsity.metrics says what they are
@@ -146,16 +144,17 @@ def _check_texts(text: Sequence[Path], calibration: Sequence[Path]) -> None:
 def _measure(
     model: Model, request: Request, text: Sequence[Path], calibration: Sequence[Path], tokens: int, window: int | None
 ) -> tuple[Sparsing, Point]:
-    from converter.sparsing import check_setting, open_sparsing
+    from converter.sparsing import check_setting, open_sparsing, search_walks
 
     if request.arg is not None:
         check_setting(request.metric, request.arg, model.activation.name)
     length = min(WINDOW, model.context) if window is None else window
     windows = _windows(model, text, tokens, length)
     others = _windows(model, calibration, tokens, length) if calibration else None
+    walks = 1 if request.arg is not None else search_walks()
     with (
-        _progress() as progress,
-        open_sparsing(model, windows, [request.metric], others, progress=progress) as sparsing,
+        walk_progress(_walk_of) as progress,
+        open_sparsing(model, windows, [request.metric], others, progress=progress, walks=walks) as sparsing,
     ):
         if request.arg is not None:
             return sparsing, sparsing.at(request.metric, request.arg)
@@ -269,32 +268,6 @@ def _draw_statistics(src: str | None, text: Sequence[Path], calibration: Path, p
     draw_statistics(plot, found, f"{found.description['tokens']} tokens, {found.layers} layers")
 
 
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on a terminal, one line per walk over the text otherwise; both on standard error."""
-    if not sys.stderr.isatty():
-        yield _lines()
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("reading", total=None)
-
-        def show(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
-        yield show
-
-
-def _lines() -> Callable[[str, int, int], None]:
-    last = ""
-
-    def show(what: str, done: int, total: int) -> None:
-        nonlocal last
-        walk = what.partition(", layer")[0]
-        if walk != last:
-            last = walk
-            click.echo(walk, err=True)
-
-    return show
+def _walk_of(what: str) -> str:
+    """Without the layer, which a line is not worth."""
+    return what.rpartition(", layer")[0]

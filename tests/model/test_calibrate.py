@@ -459,20 +459,20 @@ def test_an_interrupt_says_how_to_go_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("flashsparse.cli.calibrate._Lines.__call__", interrupt)
+        patch.setattr("flashsparse.cli.progress.Lines.__call__", interrupt)
         stopped = run(source, "--text", text, "--window", 20, "--out", tmp_path / "out")
     assert stopped.exit_code == 130 and "run again to continue" in stopped.stderr
     assert run(source, "--text", text, "--window", 20, "--out", tmp_path / "out").exit_code == 0
 
 
 def seconds_left(monkeypatch: pytest.MonkeyPatch, reports: list[tuple[float, str, int]]) -> list[str]:
-    from flashsparse.cli.calibrate import _Lines
+    from flashsparse.cli.progress import Lines
 
     said: list[str] = []
     clock: Callable[[], float] = iter([now for now, _, _ in reports]).__next__
-    monkeypatch.setattr("flashsparse.cli.calibrate.time.monotonic", clock)
-    monkeypatch.setattr("flashsparse.cli.calibrate.click.echo", lambda line, err: said.append(line))
-    lines = _Lines()
+    monkeypatch.setattr("flashsparse.cli.progress.time.monotonic", clock)
+    monkeypatch.setattr("flashsparse.cli.progress.click.echo", lambda line, err: said.append(line))
+    lines = Lines()
     for _, what, done in reports:
         lines(what, done, 100)
     return said
@@ -482,6 +482,11 @@ def test_the_time_left_counts_from_the_first_report(monkeypatch: pytest.MonkeyPa
     # Resumed at 40: ten per cent took 60 s.
     said = seconds_left(monkeypatch, [(5.0, "layer 3", 40), (35.0, "layer 3", 45), (65.0, "layer 4", 50)])
     assert said == [" 40%  layer 3", " 50%  layer 4, about 5 min 00 s left"]
+
+
+def test_the_last_line_says_that_all_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports = [(5.0, "layer 1", 10), (6.0, "layer 2", 99), (7.0, "layer 2", 100), (8.0, "layer 2", 100)]
+    assert seconds_left(monkeypatch, reports)[1:] == [" 99%  layer 2, about 0 s left", "100%  layer 2"]
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -58,8 +58,9 @@ def test_summary(source: Path, tmp_path: Path) -> None:
     ):
         assert re.search(line, done.stdout), done.stdout
     assert [line.split()[-1] for line in done.stderr.splitlines()] == [
-        "config.json", "flash-000.safetensors", "flash-001.safetensors", "resident.safetensors",
+        "config.json", "flash-000.safetensors", "flash-001.safetensors", "resident.safetensors", "resident.safetensors",
     ]  # fmt: skip
+    assert [line[:4] for line in done.stderr.splitlines()][::4] == ["  0%", "100%"]
     assert "\x1b" not in done.stdout + done.stderr
 
 

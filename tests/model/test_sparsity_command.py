@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -257,6 +258,20 @@ def test_pplp_takes_one_per_cent_unless_told(source: Path) -> None:
     assert (report["metric"], report["arg"]) == ("pplp", 1.0)
     assert report["ppl_ratio"] < 1.01
     assert 0 < report["setting"] < 1
+
+
+def test_a_search_says_how_many_walks_and_how_long(source: Path) -> None:
+    arguments = [str(source), "--text", str(CARD), "--tokens", "100"]
+    searched = CliRunner().invoke(sparsity, arguments).stderr.splitlines()
+    assert searched[0].startswith("  2%  walk 1 of at most 22, dense model")
+    for line in searched[1:]:
+        assert re.match(r" *\d+%  walk \d+ of at most 22, pplp [\d.e-]+(, about .* left)?$", line), line
+        assert "left" in line or line.startswith("100%")
+    assert 3 < len(searched) <= 23
+    one = CliRunner().invoke(sparsity, [*arguments, "--metric", "topk", "--arg", "0.5"]).stderr.splitlines()
+    assert [line.split(", about")[0] for line in one] == [
+        " 25%  walk 1 of 2, dense model", " 75%  walk 2 of 2, topk 0.5", "100%  walk 2 of 2, topk 0.5",
+    ]  # fmt: skip
 
 
 def test_plots(source: Path, tmp_path: Path) -> None:
