@@ -1,6 +1,6 @@
 """`python -m flashsparse` is the `flashsparse` command."""
 
-from flashsparse.cli import main
+from flashsparse.command import main
 
 if __name__ == "__main__":
     main()

@@ -76,7 +76,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Entry point of the console script. Never returns: exits with the command's status."""
+    """The command line. Never returns: exits with the command's status."""
     args = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # text the terminal cannot show becomes "?", never an error
@@ -88,8 +88,9 @@ def _run(args: list[str]) -> int:
     try:
         status = cli.main(args, prog_name="flashsparse", standalone_mode=False)
         sys.stdout.flush()
-    except BrokenPipeError:
-        return _quiet_pipe()
+    except BrokenPipeError:  # the reader went away (`| head`): say nothing
+        _drop_stdout()
+        return 1
     except (click.Abort, KeyboardInterrupt):
         return 130
     except click.exceptions.NoArgsIsHelpError as error:
@@ -98,15 +99,25 @@ def _run(args: list[str]) -> int:
     except Exception as error:
         if "--debug" in args:
             traceback.print_exc()
-        message, status = explain(error)
+        message, status = explain(_naming_stdout(error))
         click.echo(f"flashsparse: {' '.join(message.split())}", err=True)
     return status if isinstance(status, int) else 0
 
 
-def _quiet_pipe() -> int:
-    """The reader went away (`| head`): say nothing, and let the interpreter's last flush find somewhere to write."""
+def _drop_stdout() -> None:
+    """Let the interpreter's last flush find somewhere to write."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return 1
+
+
+def _naming_stdout(error: Exception) -> Exception:
+    """The error, or one that names standard output when that is what cannot be written."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            sys.stdout.flush()  # what could not be written is still waiting
+        except OSError as again:
+            _drop_stdout()
+            return OSError(again.errno, again.strerror, "standard output")
+    return error
 
 
 def explain(error: BaseException) -> tuple[str, int]:

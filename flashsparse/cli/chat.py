@@ -19,7 +19,7 @@ from flashsparse.arguments import shown
 from flashsparse.cli.conversation import Conversation
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack, state_dir
-from flashsparse.cli.report import full_note, printable, quality_report, stats_line, write
+from flashsparse.cli.report import STDOUT, full_note, printable, quality_report, stats_line, write
 from flashsparse.errors import FlashSparseError, UsageError
 
 if TYPE_CHECKING:
@@ -93,11 +93,11 @@ class Chat:
                 return
             try:
                 self.command(text.strip()) if text.startswith("/") else self.answer(text)
-            except BrokenPipeError:  # nobody reads the replies
-                raise
             except KeyboardInterrupt:
                 click.echo("(stopped)", err=True)
             except Exception as error:  # whatever went wrong, the conversation is still there
+                if isinstance(error, BrokenPipeError) or getattr(error, "filename", None) == STDOUT:
+                    raise  # nobody can read the replies
                 click.echo(f"flashsparse: {_one_line(error)}", err=True)
 
     def answer(self, text: str) -> None:

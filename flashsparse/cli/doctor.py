@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from flashsparse.errors import UsageError
+from flashsparse.errors import UsageError, format_bytes
 
 if TYPE_CHECKING:
     from flashsparse.codec_outlook import CodecSample
@@ -113,9 +113,11 @@ def codec_lines(curve: Curve, codec: CodecSample | None) -> list[str]:
         return []
     gain = codec.gain(curve)
     verdict = "would pay here" if gain > 1 else "does not pay here"
+    below = format_bytes(round(codec.pays_below))
+    drives = f"below {below}/s it does" if codec.ratio > 1 else "its records do not become smaller"
     return [
         f"zstd           {codec.ratio:.2f} to 1, decompressed at {codec.decode_rate / 1e9:.2f} GB/s: a record in "
-        f"{1 / gain:.2f} times the time, {verdict} (below {codec.pays_below / 1e9:.2f} GB/s it does)"
+        f"{1 / gain:.2f} times the time, {verdict} ({drives})"
     ]
 
 
@@ -151,8 +153,6 @@ def _table(name: str, rates: Any) -> list[str]:
 
 
 def _model(curve: Curve, shape: Shape, outlook: Outlook) -> list[str]:
-    from flashsparse.errors import format_bytes
-
     merging, best = curve.merging(shape.stride), curve.best(shape.record_bytes)
     gap = f"across gaps of up to {format_bytes(merging.gap)}" if merging.gap >= 0 else "never"
     share = min(1.0, shape.slots / shape.records)

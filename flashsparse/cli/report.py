@@ -13,6 +13,8 @@ from flashsparse.memory import format_bytes
 if TYPE_CHECKING:
     from flashsparse import Session
 
+STDOUT = "standard output"
+
 
 def stats_line(stats: dict[str, Any]) -> str:
     """Speed, reads and memory of one generation."""
@@ -84,6 +86,9 @@ def printable(text: str) -> str:
 
 
 def write(text: str) -> None:
-    """Stream text to standard output at once."""
-    sys.stdout.write(printable(text))
-    sys.stdout.flush()
+    """Stream text to standard output at once. Raises OSError that names it."""
+    try:
+        sys.stdout.write(printable(text))
+        sys.stdout.flush()
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, STDOUT) from error

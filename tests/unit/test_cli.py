@@ -7,6 +7,7 @@ import errno
 import importlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -137,6 +138,46 @@ def test_interrupt_exits_130(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as left:
         cli.main(["generate", "x", "-p", "x"])
     assert left.value.code == 130
+
+
+@pytest.mark.parametrize("module", ["click", "flashsparse.cli", "importlib.resources"])
+def test_an_interrupt_while_importing_is_quiet(module: str) -> None:
+    script = (
+        "import sys, builtins, flashsparse.command as command\n"
+        "real = builtins.__import__\n"
+        "def interrupted(name, *rest):\n"
+        f"    if name == {module!r}: raise KeyboardInterrupt\n"
+        "    return real(name, *rest)\n"
+        "builtins.__import__ = interrupted; sys.argv[1:] = ['demo']; command.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr.strip()) == (130, "", "")
+
+
+def test_the_console_script_imports_nothing_before_it_can_be_interrupted() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"flashsparse": "flashsparse.command:main"}
+    script = "import sys, flashsparse.command; sys.exit('click' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_standard_output_is_named() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*RUN, "--help"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, env=environment
+        )
+    assert done.returncode == 1
+    expected = "flashsparse: standard output: No space left on device; free some, or write to another disk\n"
+    assert done.stderr == expected
+    monkey = io.StringIO()
+    monkey.flush = lambda: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))  # type: ignore
+    with contextlib.redirect_stdout(monkey), pytest.raises(OSError) as raised:
+        report.write("x")
+    assert raised.value.filename == "standard output"
 
 
 def test_a_closed_pipe_is_quiet() -> None:

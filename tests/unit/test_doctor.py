@@ -108,9 +108,13 @@ def test_when_compressing_pays() -> None:
     assert sample.pays_below == pytest.approx(1.5e8)
     assert sample.gain(drive(1.5e8)) == pytest.approx(1)  # where it takes as long either way
     assert sample.gain(drive(1e8)) > 1 > sample.gain(drive(1e9))
-    assert "would pay here (below 0.15 GB/s" in command.codec_lines(drive(1e8), sample)[0]
+    assert "would pay here (below 150 MB/s it does)" in command.codec_lines(drive(1e8), sample)[0]
     assert "does not pay here" in command.codec_lines(drive(1e9), sample)[0]
     assert command.codec_lines(drive(1e9), None) == []
+    hardly = command.codec_lines(drive(1e9), CodecSample(8192, 1.004, 1e8, 4e8))[0]
+    assert "(below 1.6 MB/s it does)" in hardly and "0.00 GB/s" not in hardly
+    never = command.codec_lines(drive(1e9), CodecSample(8192, 1.0, 1e8, 4e8))[0]
+    assert "does not pay here (its records do not become smaller)" in never
 
 
 def test_compressed_records_are_read_faster() -> None:
