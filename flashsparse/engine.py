@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from flashsparse.models.decoder import Decoder
     from flashsparse.opening import OpenPack
     from flashsparse.pack.manifest import Manifest, Quant
+    from flashsparse.rows import EmbeddingRows
     from flashsparse.session import Session
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.weights import ResidentStore
@@ -53,6 +55,7 @@ def load(
     tier: str | None = None,
     layers: str = "auto",
     lookahead: str = "auto",
+    embeddings: str = "auto",
 ) -> Engine:
     """Load a pack under a memory budget.
 
@@ -74,6 +77,9 @@ def load(
         lookahead: "on" starts a layer's reads before its attention, from a state before it; "auto" does when that
             measures faster, "off" never; "token" (Metal) plans all layers at once and reads back once a token. Results
             are the same.
+        embeddings: "flash" reads a token's row of the embedding when it is needed, "memory" keeps all rows in memory;
+            "auto" does that where every record has a slot with it, and where the head is tied to the embedding. Results
+            are the same.
         tier: "dense" runs a pack of tier predict without its predictor: every layer streamed, the dense model's result.
 
     Raises:
@@ -82,7 +88,7 @@ def load(
         UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
     """
     asked = (dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers, lookahead)
-    return Engine(path, LoadOptions(*asked))
+    return Engine(path, LoadOptions(*asked, embeddings))
 
 
 class Engine:
@@ -130,6 +136,7 @@ class Engine:
         """Start reading what stays in memory, which needs none of the libraries and takes longest."""
         from flashsparse.flash import ReadPool
         from flashsparse.machine import read_threads
+        from flashsparse.models.tensors import embedding_tensors
         from flashsparse.pack.predictor import predictor_quant
         from flashsparse.sizes import Sizes
         from flashsparse.weights import ResidentStore
@@ -145,16 +152,20 @@ class Engine:
             options.io_threads, curve, record.bytes, record.stride * self.manifest.intermediate_size
         )
         unified = self.kernels == "metal"
-        self._sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified)
+        embeddings = options.embeddings_of(self.manifest)
+        sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified, embeddings)
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
-        self._sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
+        plan, _ = sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
+        self.embeddings = "flash" if plan.on_flash else "memory"
+        self._sizes = replace(sizes, embeddings=self.embeddings)
         if self._pool is None:
             self._pool = ReadPool(io_threads, self._sizes.staging_bytes())
         quants: dict[int, Mapping[str, Quant]] = {0: self.manifest.resident_quant}
         if self.tier == "predict" and pack.predictor is not None:
             quants[pack.predictor] = predictor_quant(self.manifest)
         for at, quant in quants.items():
-            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified))
+            left = embedding_tensors(self.manifest) if plan.on_flash and at == 0 else ()
+            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified, left))
 
     def _load(self, pack: OpenPack, options: LoadOptions) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
@@ -281,6 +292,7 @@ class Engine:
             load_s=self.load_s,
             budget_bytes=self.plan.budget,
             runtime_bytes=self.runtime_bytes,
+            embeddings=self.embeddings,
             calibrated_density=None if spec is None else spec.calibrated_density,
             lookahead=self._switch.to_dict,
             start_limit=lambda cost: start_limit(self.plan.resident, cost, self._curve),
@@ -377,13 +389,24 @@ class Engine:
         self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
         shape = m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype
         self._caches = [cache_type(*shape) for _ in range(m.layers)]
+        rows = self._rows(pack)
         if self.layers == "modules":
-            return self._modules(store)
+            return self._modules(store, rows)
         from flashsparse.kernels.cpu import NativeKernels
         from flashsparse.models.native_decoder import build
 
         assert isinstance(self._kernels, NativeKernels)
-        return build(m, store, self._kernels, self._ffns, self.counters)
+        return build(m, store, self._kernels, self._ffns, self.counters, rows)
+
+    def _rows(self, pack: OpenPack) -> EmbeddingRows | None:
+        """What brings rows of an embedding that stays on flash."""
+        from flashsparse.rows import EmbeddingRows
+
+        if self.embeddings == "memory":
+            return None
+        assert self._pool is not None
+        chunk, unified = self.manifest.prefill_chunk, self.kernels == "metal"
+        return EmbeddingRows(pack, self._pool, self.counters, chunk, unified)
 
     def _parts(self) -> tuple[type[Assembly], type[KVCache]]:
         """What puts the layers together, and what holds keys and values."""
@@ -397,7 +420,7 @@ class Engine:
 
         return Assembly, KVCache
 
-    def _modules(self, store: ResidentStore) -> Decoder:
+    def _modules(self, store: ResidentStore, rows: EmbeddingRows | None) -> Decoder:
         """mlx-lm's model with our parts in it."""
         import importlib
 
@@ -409,11 +432,10 @@ class Engine:
         # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
         mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
         family = importlib.import_module(f"flashsparse.models.{m.family}")
-        parts = Parts(self._kernels)
+        parts_type = Parts
         if self.kernels == "metal":
-            from flashsparse.metal.modules import MetalParts
-
-            parts = MetalParts(self._kernels)
+            from flashsparse.metal.modules import MetalParts as parts_type
+        parts = parts_type(self._kernels, rows)
         decoder: Decoder = family.build(m.config, store, parts, self._ffns)
         return decoder
 

@@ -140,6 +140,12 @@ class MemoryPlan:
     floor: int  # the smallest budget that works
     records: int
     predictor: int = 0  # the part of `resident` that names neurons
+    on_flash: int = 0  # bytes of the embedding, of which memory holds only rows in use
+
+    @property
+    def holds_everything(self) -> bool:
+        """Whether every record has a slot; where layers are streamed, whether there is nothing left to give them."""
+        return self.budget >= self.needs_all or all(count == self.records for count in self.slots)
 
     @property
     def unused(self) -> int:
@@ -149,7 +155,7 @@ class MemoryPlan:
         """A few aligned lines for the terminal."""
         rows = [
             ("budget", self.budget, f"smallest {format_bytes(self.floor)}, everything {format_bytes(self.needs_all)}"),
-            ("resident", self.resident - self.predictor, "weights that are always in memory"),
+            ("resident", self.resident - self.predictor, self._resident_note()),
             *([("predictor", self.predictor, "names the active neurons")] if self.predictor else []),
             ("kv cache", self.kv, f"{self.max_kv_size} tokens (--max-kv-size)"),
             ("slots", self.slots_bytes, self._slots_note()),
@@ -159,6 +165,10 @@ class MemoryPlan:
             ("runtime", self.runtime, "before loading, beside the budget"),
         ]
         return "\n".join(f"{name:<9}{format_bytes(size):>9}  {note}".rstrip() for name, size, note in rows)
+
+    def _resident_note(self) -> str:
+        note = "weights that are always in memory"
+        return f"{note}; {format_bytes(self.on_flash)} of embedding stay on flash" if self.on_flash else note
 
     def _slots_note(self) -> str:
         if not any(self.slots):
@@ -192,13 +202,14 @@ def make_plan(
     predictor: int = 0,
     densities: Sequence[float] | None = None,
     whole: Sequence[int] = (),
+    on_flash: int = 0,
 ) -> MemoryPlan:
     """Divide `budget` among resident weights, KV cache and slots.
 
     Bytes; `context_limit` and `max_kv_size` in tokens; `records` per layer. Without `max_kv_size` the KV cache takes
     what leaves room for one token's set (`expected_density`) in every layer. `floor_slots=0`: the layers are streamed,
     without slots. `predictor`: the part of `resident` that the predictor is. `table_bytes`: what a slot costs beside
-    its `slot_bytes`, counted into the plan's overhead.
+    its `slot_bytes`, counted into the plan's overhead. `on_flash`: bytes of the embedding that none of these count.
 
     With `densities` (the share of each layer's records that a token needs) slots are divided in proportion to them,
     else equally. The layers `whole` need all of their records for each token: they get all slots, before the others get
@@ -235,6 +246,7 @@ def make_plan(
         floor=floor,
         records=records,
         predictor=predictor,
+        on_flash=on_flash,
     )
 
 

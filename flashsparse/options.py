@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 READ_MODES = ("auto", "direct", "buffered")
 LOOKAHEAD = ("auto", "on", "off", "token")
+EMBEDDINGS = ("auto", "memory", "flash")
 MAX_THREADS = 1024
 MAX_SLOTS = 1 << 24
 
@@ -40,6 +41,7 @@ class LoadOptions:
         tier: str | None,
         layers: str,
         lookahead: str,
+        embeddings: str,
     ) -> None:
         if tier not in (None, "dense"):
             raise UsageError(f"tier: {shown(tier)} is not 'dense'; leave it out for the pack's own tier")
@@ -51,6 +53,8 @@ class LoadOptions:
             raise UsageError(f"layers: 'native' needs the native kernels, not {shown(kernels)}")
         if lookahead not in LOOKAHEAD:
             raise UsageError(f"lookahead: {shown(lookahead)} is not one of {', '.join(LOOKAHEAD)}")
+        if embeddings not in EMBEDDINGS:
+            raise UsageError(f"embeddings: {shown(embeddings)} is not one of {', '.join(EMBEDDINGS)}")
         kernels = resolve(kernels, layers)
         if lookahead == "token" and kernels != "metal":
             raise UsageError(f"lookahead: 'token' saves read-backs from a GPU, kernels {kernels!r} have none; use 'on'")
@@ -63,7 +67,7 @@ class LoadOptions:
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
         self.native_layers = layers != "modules" and kernels == "native"
-        self.lookahead = lookahead
+        self.lookahead, self.embeddings = lookahead, embeddings
 
     def tier_of(self, manifest: Manifest) -> str:
         """The tier to run a pack in. Raises UsageError."""
@@ -72,6 +76,15 @@ class LoadOptions:
                 f"{manifest.path}: tier exact computes the dense model's result already; leave out tier='dense'"
             )
         return self.tier or manifest.tier
+
+    def embeddings_of(self, manifest: Manifest) -> str:
+        """Where to keep a pack's embedding, or "auto". Raises UsageError."""
+        if self.embeddings == "flash" and manifest.config["tie_word_embeddings"]:
+            raise UsageError(
+                f"{manifest.path}: the head is tied to the embedding, and every token needs the whole head: "
+                "leave out embeddings='flash'"
+            )
+        return self.embeddings
 
 
 def _whole_bytes(dram: Any) -> int:

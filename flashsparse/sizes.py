@@ -11,10 +11,13 @@ from typing import TYPE_CHECKING, Any
 from flashsparse import memory
 from flashsparse.cache import RECORD_BYTES, SLOT_BYTES
 from flashsparse.compact import search_bytes
+from flashsparse.errors import BudgetError
 from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.pack.codec import AT_ONCE, LENGTH_BYTES
 from flashsparse.pack.safetensors import ALIGN
+from flashsparse.rows import buffer_bytes, embedding_bytes
 from flashsparse.sparsity.predictors import scratch_sizes
+from flashsparse.weights import resident_bytes
 
 if TYPE_CHECKING:
     from flashsparse.flash import FlashFile
@@ -42,7 +45,8 @@ SEGMENTS = 16  # of the sums on a GPU (metal_kernels.sparse_ffn)
 class Sizes:
     """A pack that will run in `tier`. `files` are its open files: their sectors decide how far apart slots are.
 
-    `unified`: on a GPU, which computes in memory of MLX's beside what the host keeps.
+    `unified`: on a GPU, which computes in memory of MLX's beside what the host keeps. `embeddings`: "memory", "flash",
+    or "auto": on flash unless every record has a slot with the embedding in memory, or that would gain nothing.
     """
 
     manifest: Manifest
@@ -51,6 +55,7 @@ class Sizes:
     threads: int
     io_threads: int
     unified: bool = False
+    embeddings: str = "auto"
 
     def plan(
         self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None
@@ -59,7 +64,21 @@ class Sizes:
 
         Raises BudgetError and UsageError as `memory.make_plan` does.
         """
-        needs = self._needs(runtime, max_kv_size, slots)
+        asked = runtime, dram, max_kv_size, slots
+        if self.embeddings != "auto":
+            return self._plan(*asked, on_flash=self.embeddings == "flash")
+        if self._rows_bytes() >= embedding_bytes(self.manifest):
+            return self._plan(*asked, on_flash=False)
+        try:
+            plan, tile = self._plan(*asked, on_flash=False)
+        except BudgetError:
+            return self._plan(*asked, on_flash=True)
+        return (plan, tile) if plan.holds_everything else self._plan(*asked, on_flash=True)
+
+    def _plan(
+        self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None, on_flash: bool
+    ) -> tuple[MemoryPlan, int]:
+        needs = self._needs(runtime, max_kv_size, slots, on_flash)
         # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
         least = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(self._smallest_tile()), **needs)
         budget = least.floor if slots is not None else _budget(dram, least, runtime)
@@ -69,8 +88,8 @@ class Sizes:
             budget = _budget(None, whole, runtime)
         return memory.make_plan(budget=budget, scratch=self.scratch_bytes(tile), **needs), tile
 
-    def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None) -> dict[str, Any]:
-        m = self.manifest
+    def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None, on_flash: bool) -> dict[str, Any]:
+        m, left = self.manifest, embedding_bytes(self.manifest) if on_flash else 0
         predictor = self._predictor_bytes()
         floor = 0 if self.tier == "dense" else FLOOR_SLOTS if slots is None else slots
         layers = m.predictor.layers if m.predictor is not None and self.tier == "predict" else ()
@@ -79,7 +98,8 @@ class Sizes:
             densities = list(m.activity.densities)
         return {
             "runtime": runtime,
-            "resident": self._file_bytes("resident.safetensors") + predictor,
+            "resident": self._file_bytes("resident.safetensors", left) + predictor,
+            "on_flash": left,
             "predictor": predictor,
             "kv_bytes_per_token": self._kv_bytes() + 32 * self.threads,  # and attention's scores, 8 at a time
             "max_kv_size": max_kv_size,
@@ -87,6 +107,7 @@ class Sizes:
             "overhead": PROCESS_BYTES
             + (LAYER_BYTES + (self._record_bytes() * m.intermediate_size if floor else 0)) * m.layers
             + self._codec_bytes()
+            + (self._rows_bytes() if on_flash else 0)
             + THREAD_BYTES * (self.io_threads + self.threads)
             + self.staging_bytes() * self.io_threads
             + 64 * max(m.hidden_size, m.heads * m.head_dim) * self.threads,  # rows that the kernels decode
@@ -118,10 +139,13 @@ class Sizes:
         """What the read pool may have taken before anything else is allocated; a part of the plan's overhead."""
         return THREAD_BYTES * self.io_threads
 
-    def _file_bytes(self, name: str) -> int:
-        from flashsparse.weights import resident_bytes
+    def _rows_bytes(self) -> int:
+        """Of the rows in use, when the embedding stays on flash."""
+        return buffer_bytes(self.manifest, max(file.sector for file in self.files))
 
-        return resident_bytes(self.manifest.files[name].bytes)
+    def _file_bytes(self, name: str, left: int = 0) -> int:
+        """Memory for a file of which `left` bytes stay on flash: a matrix, and its scales and biases."""
+        return resident_bytes(self.manifest.files[name].bytes - left, cuts=2 if left else 0)
 
     def _predictor_bytes(self) -> int:
         name = "predictor.safetensors"

@@ -31,6 +31,7 @@ class Counters:
     are spent on naming and starting reads ahead, `overlap_s` on computing hits while misses were read. `readbacks` are
     the host's waits for the GPU. `reading_s` are seconds in which a read was in flight, `in_flight_s` those of all
     reads together. `resumed` counts tokens that were planned whole and had to be computed again in part.
+    `embedding_reads` and `embedding_bytes` are those of the flash reads that brought rows of the embedding.
     """
 
     tokens: int = 0
@@ -61,6 +62,8 @@ class Counters:
     reading_s: float = 0.0
     in_flight_s: float = 0.0
     resumed: int = 0
+    embedding_reads: int = 0
+    embedding_bytes: int = 0
 
     def __sub__(self, other: Counters) -> Counters:
         return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -160,6 +163,7 @@ class Stats:
     load_s: float
     budget_bytes: int
     runtime_bytes: int
+    embeddings: str = "memory"
     calibrated_density: float | None = None
     lookahead: Callable[[], dict[str, object]] = dict
     drive: Callable[[Counters], DriveRate | None] = lambda _: None
@@ -207,6 +211,7 @@ class Stats:
             "io_wait_s": round(both.io_wait_s, 4),
             "tier": self.tier,
             "read_mode": self.read_mode,
+            "embeddings": self.embeddings,
             "system": dict(self.system()),
             "kernels": self.kernels,
             "prefill": asdict(self.prefill),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,18 +120,25 @@ class ResidentStore:
     Making it starts the reads, large and in the order of the file; `wait` for them before asking for a tensor.
     `quant`: base name -> quantization of the matrices that the file holds quantized. `nbytes`: of all buffers.
     More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one; `unified`: MLX's own.
+    The tensors named in `without` are left on flash.
     """
 
     def __init__(
-        self, header: Header, pool: ReadPool, file: FlashFile, quant: Mapping[str, Quant], unified: bool = False
+        self,
+        header: Header,
+        pool: ReadPool,
+        file: FlashFile,
+        quant: Mapping[str, Quant],
+        unified: bool = False,
+        without: Container[str] = (),
     ) -> None:
         self._path, self._quant, self._unified = header.path, quant, unified
-        self._tensors = header.tensors
+        self._tensors = {name: info for name, info in header.tensors.items() if name not in without}
         self._segment_of: dict[str, Segment] = {}
         self._batches: list[Batch] = []
         self.nbytes = 0
         try:
-            for group in _grouped(sorted(header.tensors.values(), key=lambda t: t.begin)):
+            for group in _grouped(sorted(self._tensors.values(), key=lambda t: t.begin)):
                 segment = self._start(pool, file, group[0].begin, group[-1].end)
                 self._segment_of.update({info.name: segment for info in group})
         except BaseException:
@@ -197,17 +204,17 @@ class ResidentStore:
         return Weight(name, self._tensors[name].dtype, self.tensor(name)).float32()
 
 
-def resident_bytes(file_bytes: int) -> int:
-    """Memory for a file of this size: each of its segments is rounded out to pages at both ends."""
-    segments = 1 + file_bytes // (SEGMENT_BYTES // 2)  # two neighbouring groups exceed SEGMENT_BYTES together
+def resident_bytes(file_bytes: int, cuts: int = 0) -> int:
+    """Memory for this much of a file, in pieces between `cuts`: each segment is rounded out to pages at both ends."""
+    segments = 1 + cuts + file_bytes // (SEGMENT_BYTES // 2)  # two neighbouring groups exceed SEGMENT_BYTES together
     return file_bytes + 3 * ALIGNMENT * segments
 
 
 def _grouped(tensors: list[TensorInfo]) -> Iterator[list[TensorInfo]]:
-    """Neighbours in the file, together at most SEGMENT_BYTES; a larger tensor is a group of its own."""
+    """Neighbours in the file without a gap, at most SEGMENT_BYTES; a larger tensor is a group of its own."""
     group: list[TensorInfo] = []
     for info in tensors:
-        if group and info.end - group[0].begin > SEGMENT_BYTES:
+        if group and (info.begin != group[-1].end or info.end - group[0].begin > SEGMENT_BYTES):
             yield group
             group = []
         group.append(info)

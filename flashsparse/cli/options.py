@@ -29,6 +29,7 @@ class Memory:
     io_threads: int | None = None
     read_mode: str = "auto"
     lookahead: str = "auto"
+    embeddings: str = "auto"
     kernels: str = "auto"
 
 
@@ -46,7 +47,7 @@ class Sampling:
 def memory_options(
     dram: str = "half of the machine, or what the model needs", max_kv_size: str = "what fits"
 ) -> Decorator:
-    """--dram, --max-kv-size, --threads, --io-threads, --read-mode, --lookahead, --kernels.
+    """--dram, --max-kv-size, --threads, --io-threads, --read-mode, --lookahead, --embeddings, --kernels.
 
     The arguments describe the defaults.
     """
@@ -76,6 +77,13 @@ def memory_options(
             default="auto",
             help="Start a layer's reads under its attention; auto does while that measures faster; "
             "token (Metal) plans all layers of a token at once.",
+        ),
+        click.option(
+            "--embeddings",
+            type=click.Choice(["auto", "memory", "flash"]),
+            default="auto",
+            help="Where the embedding is; on flash a token reads the row it needs; auto keeps it in memory "
+            "where all else fits too.",
         ),
         click.option(
             "--kernels",
@@ -131,6 +139,7 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
         io_threads=memory.io_threads,
         read_mode=memory.read_mode,
         lookahead=memory.lookahead,
+        embeddings=memory.embeddings,
         kernels=memory.kernels,
         on_plan=lambda plan: click.echo(plan.describe(), err=err),
     )

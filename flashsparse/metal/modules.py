@@ -14,7 +14,9 @@ import mlx.core as mx
 import numpy as np
 
 from flashsparse.kernels.metal import attention_dtype, vector
+from flashsparse.metal.rows import MetalRows
 from flashsparse.models.modules import Heads, Parts
+from flashsparse.rows import EmbeddingRows
 
 if TYPE_CHECKING:
     from flashsparse.ffn import StreamedFFN
@@ -39,7 +41,7 @@ class Linear:
 
 @dataclass(eq=False)
 class Embedding:
-    """ids [1, T] -> rows [1, T, cols] times `scale`, as float32."""
+    """ids [1, T], of a table of rows in use their places, -> rows [1, T, cols] times `scale`, as float32."""
 
     kernels: MetalKernels
     matrix: Matrix
@@ -137,20 +139,29 @@ class Told:
 
 @dataclass(eq=False)
 class Decoder:
-    """Implements flashsparse.models.decoder.Decoder; hidden states are MLX arrays."""
+    """Implements flashsparse.models.decoder.Decoder; hidden states are MLX arrays. `rows`: see MetalRows."""
 
     kernels: MetalKernels
     inner: Callable[..., mx.array]
     head: Linear
     divisor: float
+    rows: MetalRows | None = None
 
     def forward(self, ids: np.ndarray, caches: list[KVCache]) -> Any:
         """As in Decoder. Those of one token are late: `logits` waits for them; or come with their logits (`Told`)."""
         if len(ids) == 1 and self.kernels.walk.wanted:
             return self._at_once(ids, caches)
-        hidden = self.inner(mx.array(ids)[None], caches)[0]
+        hidden = self._hidden(ids, caches)
         if len(ids) > 1:
             self.kernels.timeline.finish(hidden)
+        return hidden
+
+    def _hidden(self, ids: np.ndarray, caches: list[KVCache]) -> mx.array:
+        if self.rows is None:
+            return self.inner(mx.array(ids)[None], caches)[0]
+        places = self.rows.places(ids)
+        hidden = self.inner(mx.array(places)[None], caches)[0]
+        self.rows.reading(places, hidden)
         return hidden
 
     def logits(self, hidden: Any) -> np.ndarray:
@@ -178,7 +189,7 @@ class Decoder:
         return told
 
     def _told(self, ids: np.ndarray, caches: list[KVCache]) -> Told:
-        hidden = self.inner(mx.array(ids)[None], caches)[0]
+        hidden = self._hidden(ids, caches)
         made = self._head(hidden)
         self.kernels.timeline.finish(made)
         return Told(hidden, np.array(made))
@@ -187,11 +198,16 @@ class Decoder:
 class MetalParts(Parts):
     """Makes the modules of a model on the GPU; `kernels` are MetalKernels."""
 
+    def __init__(self, kernels: MetalKernels, rows: EmbeddingRows | None = None) -> None:
+        super().__init__(kernels, rows)
+        self._located = None if rows is None else MetalRows(rows, kernels)
+
     def product(self, weight: Weight, bias: np.ndarray | None = None) -> Linear:
         return Linear(self.kernels, self.kernels.product(weight), vector(bias))
 
-    def embedding(self, weight: Weight, scale: float = 1.0) -> Embedding:
-        return Embedding(self.kernels, self.kernels.stored(weight), scale)
+    def embedding(self, weight: Weight | EmbeddingRows, scale: float = 1.0) -> Embedding:
+        stored = weight.weight if isinstance(weight, EmbeddingRows) else weight
+        return Embedding(self.kernels, self.kernels.stored(stored), scale)
 
     def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Attention:
         return Attention(q, k, v, o, heads, kv_heads, head_dim)
@@ -206,4 +222,4 @@ class MetalParts(Parts):
         return FFN(self.kernels, streamed, scale)
 
     def decoder(self, inner: Callable[..., mx.array], head: Any, divisor: float = 1.0) -> Decoder:
-        return Decoder(self.kernels, inner, head, divisor)
+        return Decoder(self.kernels, inner, head, divisor, self._located)

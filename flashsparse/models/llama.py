@@ -33,9 +33,9 @@ def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list
         norm(layer.post_attention_layernorm, store, f"{base}.post_attention_layernorm")
         layer.post_attention_layernorm = parts.second_norm(layer.post_attention_layernorm, ffns[index])
     norm(model.model.norm, store, "model.norm")
-    embedding = store.weight("model.embed_tokens")
+    embedding = parts.rows or store.weight("model.embed_tokens")
     model.model.embed_tokens = parts.embedding(embedding, config.get("embedding_multiplier", 1.0))
-    head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
+    head = store.weight("model.embed_tokens" if config["tie_word_embeddings"] else "lm_head")
     decoder: Decoder = parts.decoder(model.model, parts.product(head), config.get("logits_divisor", 1.0))
     return decoder
 

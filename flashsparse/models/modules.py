@@ -16,6 +16,7 @@ import numpy as np
 from flashsparse.ffn import StreamedFFN
 from flashsparse.kernels import Kernels
 from flashsparse.kvcache import KVCache
+from flashsparse.rows import EmbeddingRows, located
 from flashsparse.weights import ResidentStore, Weight
 
 
@@ -52,13 +53,13 @@ class Embedding:
     """ids [1, T] -> rows [1, T, cols] times `scale`, as float32."""
 
     kernels: Kernels
-    weight: Weight
+    weight: Weight | EmbeddingRows
     scale: float = 1.0
 
     def __call__(self, ids: mx.array) -> mx.array:
-        wanted = np.array(ids, copy=False).reshape(-1).astype(np.int32)
-        out = np.empty((len(wanted), self.weight.cols), np.float32)
-        self.kernels.gather(self.weight, wanted, out)
+        weight, places = located(self.weight, np.array(ids, copy=False).reshape(-1).astype(np.int32))
+        out = np.empty((len(places), weight.cols), np.float32)
+        self.kernels.gather(weight, places, out)
         return mx.array(_scaled(out, self.scale))[None]
 
 
@@ -146,10 +147,10 @@ def norm(module: Any, store: ResidentStore, base: str) -> None:
 
 
 class Parts:
-    """Makes the modules of a model, for kernels that compute on the host."""
+    """Makes the modules of a model, for kernels that compute on the host. `rows`: of an embedding on flash."""
 
-    def __init__(self, kernels: Any) -> None:
-        self.kernels = kernels
+    def __init__(self, kernels: Any, rows: EmbeddingRows | None = None) -> None:
+        self.kernels, self.rows = kernels, rows
 
     def linear(self, store: ResidentStore, base: str) -> Any:
         """The linear layer stored under `<base>.weight` and, if present, `<base>.bias`."""
@@ -158,7 +159,7 @@ class Parts:
     def product(self, weight: Weight, bias: np.ndarray | None = None) -> Any:
         return Linear(self.kernels, weight, bias)
 
-    def embedding(self, weight: Weight, scale: float = 1.0) -> Any:
+    def embedding(self, weight: Weight | EmbeddingRows, scale: float = 1.0) -> Any:
         return Embedding(self.kernels, weight, scale)
 
     def attention(self, q: Any, k: Any, v: Any, o: Any, heads: int, kv_heads: int, head_dim: int) -> Any:

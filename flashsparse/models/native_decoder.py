@@ -17,12 +17,14 @@ import numpy as np
 from flashsparse import native
 from flashsparse.models.rotation import frequencies
 from flashsparse.native.layers import Addresses, Heads, Layer, Norm, turns
+from flashsparse.rows import located
 
 if TYPE_CHECKING:
     from flashsparse.ffn import StreamedFFN
     from flashsparse.kernels.cpu import NativeKernels
     from flashsparse.kvcache import KVCache
     from flashsparse.pack.manifest import Manifest
+    from flashsparse.rows import EmbeddingRows
     from flashsparse.stats import Counters
     from flashsparse.weights import ResidentStore, Weight
 
@@ -37,7 +39,7 @@ class Parts:
     `closing`: the norm after each FFN's residual (post-norm layers). `residual` multiplies what an FFN adds.
     """
 
-    embedding: Weight
+    embedding: Weight | EmbeddingRows
     head: Weight
     layers: list[Layer]
     final: Norm | None
@@ -99,11 +101,12 @@ class NativeDecoder:
     def _embed(self, ids: np.ndarray, offset: int) -> np.ndarray:
         """The states h [T, d] that enter the first layer, in the shared buffer."""
         parts, h = self._parts, self._h[: len(ids)]
+        embedding, places = located(parts.embedding, ids)
         if parts.project_in is None:
-            self._kernels.gather(parts.embedding, ids, h)
+            self._kernels.gather(embedding, places, h)
         else:
-            narrow = np.empty((len(ids), parts.embedding.cols), np.float32)
-            self._kernels.gather(parts.embedding, ids, narrow)
+            narrow = np.empty((len(ids), embedding.cols), np.float32)
+            self._kernels.gather(embedding, places, narrow)
             self._kernels.linear(parts.project_in, None, narrow, h)
         if parts.embedding_scale != 1.0:
             h *= np.float32(parts.embedding_scale)
@@ -138,10 +141,15 @@ class NativeDecoder:
 
 
 def build(
-    manifest: Manifest, store: ResidentStore, kernels: NativeKernels, ffns: list[StreamedFFN], counters: Counters
+    manifest: Manifest,
+    store: ResidentStore,
+    kernels: NativeKernels,
+    ffns: list[StreamedFFN],
+    counters: Counters,
+    rows: EmbeddingRows | None = None,
 ) -> NativeDecoder:
-    """The model of a pack from its resident tensors."""
-    parts = (_opt if manifest.family == "opt" else _llama)(manifest, store, kernels)
+    """The model of a pack from its resident tensors; `rows`: of an embedding that is not among them."""
+    parts = (_opt if manifest.family == "opt" else _llama)(manifest, store, kernels, rows)
     return NativeDecoder(parts, kernels, ffns, counters, manifest.prefill_chunk, manifest.hidden_size)
 
 
@@ -165,7 +173,7 @@ def _norm(store: ResidentStore, base: str, eps: float, centred: bool = False) ->
     return Norm(weight, store.vector(f"{base}.bias"), eps, centred)
 
 
-def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Parts:
+def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels, rows: EmbeddingRows | None) -> Parts:
     config, eps, heads = manifest.config, manifest.config["rms_norm_eps"], _heads(manifest)
     residual = config.get("residual_multiplier", 1.0)
     layers = []
@@ -182,11 +190,10 @@ def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> 
                 residual=residual,
             )
         )
-    embedding = store.weight("model.embed_tokens")
     turning, factor = frequencies(config)
     return Parts(
-        embedding,
-        embedding if config["tie_word_embeddings"] else store.weight("lm_head"),
+        rows or store.weight("model.embed_tokens"),
+        store.weight("model.embed_tokens" if config["tie_word_embeddings"] else "lm_head"),
         layers,
         _norm(store, "model.norm", eps),
         turning,
@@ -197,7 +204,7 @@ def _llama(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> 
     )
 
 
-def _opt(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Parts:
+def _opt(manifest: Manifest, store: ResidentStore, kernels: NativeKernels, rows: EmbeddingRows | None) -> Parts:
     config, root, eps, heads = manifest.config, "model.decoder", LAYER_NORM_EPS, _heads(manifest)
     first = config["do_layer_norm_before"]
     layers, closing = [], []
@@ -217,11 +224,10 @@ def _opt(manifest: Manifest, store: ResidentStore, kernels: NativeKernels) -> Pa
         )
         closing.append(late)
     has_norm = first and not config["_remove_final_layer_norm"]
-    embedding = store.weight(f"{root}.embed_tokens")
     projected = config["word_embed_proj_dim"] != manifest.hidden_size
     return Parts(
-        embedding,
-        embedding if config["tie_word_embeddings"] else store.weight("lm_head"),
+        rows or store.weight(f"{root}.embed_tokens"),
+        store.weight(f"{root}.embed_tokens" if config["tie_word_embeddings"] else "lm_head"),
         layers,
         _norm(store, f"{root}.final_layer_norm", eps, centred=True) if has_norm else None,
         positions=store.weight(f"{root}.embed_positions"),

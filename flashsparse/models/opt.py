@@ -79,15 +79,14 @@ def build(config: dict[str, Any], store: ResidentStore, parts: Parts, ffns: list
     args = ModelArgs.from_dict({**config, "remove_final_layer_norm": config.get("_remove_final_layer_norm", False)})
     layers = [_layer(args, store, parts, ffn, f"model.decoder.layers.{i}") for i, ffn in enumerate(ffns)]
     model = OPTDecoder(args, layers)
-    embedding = store.weight("model.decoder.embed_tokens")
-    model.embed_tokens = parts.embedding(embedding)
+    model.embed_tokens = parts.embedding(parts.rows or store.weight("model.decoder.embed_tokens"))
     model.embed_positions = parts.embedding(store.weight("model.decoder.embed_positions"))
     if args.word_embed_proj_dim != args.hidden_size:
         model.project_in = parts.linear(store, "model.decoder.project_in")
         model.project_out = parts.linear(store, "model.decoder.project_out")
     if model.final_layer_norm is not None:
         norm(model.final_layer_norm, store, "model.decoder.final_layer_norm")
-    head = embedding if config["tie_word_embeddings"] else store.weight("lm_head")
+    head = store.weight("model.decoder.embed_tokens" if config["tie_word_embeddings"] else "lm_head")
     decoder: Decoder = parts.decoder(model, parts.product(head))
     return decoder
 

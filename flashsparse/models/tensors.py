@@ -158,6 +158,14 @@ def resident_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def embedding_tensors(manifest: Manifest) -> Stored:
+    """Name -> (type, shape) of the embedding in the resident file: the weight, and when quantized scales and biases."""
+    name = embedding_name(manifest.family)
+    cols = manifest.config["word_embed_proj_dim"] if manifest.family == "opt" else manifest.hidden_size
+    quant = manifest.resident_quant.get(name.removesuffix(".weight"))
+    return stored_as(name, manifest.source_dtype, (manifest.vocab_size, cols), quant)
+
+
 def copied_gate(manifest: Manifest) -> Stored:
     """Name -> (type, shape) of what is resident of scoring matrices that records hold too: in gate layout compact."""
     tensors: Stored = {}

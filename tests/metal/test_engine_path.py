@@ -79,9 +79,13 @@ def test_refilling_too_early_would_change_results(
     assert error(found, expected) > 1e-2
 
 
+@pytest.mark.parametrize("embeddings", ["memory", "flash"])
 @pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy"])
-def test_a_decoded_token_reads_back_once_a_layer(kind: str, packs: dict[str, Path], stand_in: None) -> None:
-    with flashsparse.load(packs[kind], kernels="metal", slots=160) as engine, engine.session() as session:
+def test_a_decoded_token_reads_back_once_a_layer(
+    kind: str, embeddings: str, packs: dict[str, Path], stand_in: None
+) -> None:
+    options = {"kernels": "metal", "slots": 160, "embeddings": embeddings}
+    with flashsparse.load(packs[kind], **options) as engine, engine.session() as session:
         session.logits(PROMPT)
         for token in DECODED:
             before = engine.counters.readbacks
@@ -89,11 +93,13 @@ def test_a_decoded_token_reads_back_once_a_layer(kind: str, packs: dict[str, Pat
             assert engine.counters.readbacks - before == LAYERS + 1  # and the logits
 
 
+@pytest.mark.parametrize("embeddings", ["memory", "flash"])
 @pytest.mark.parametrize("kind", ["exact", "compact", "gate-copy"])
 def test_a_decoded_token_makes_no_arrays_of_weights_or_lists(
-    kind: str, packs: dict[str, Path], stand_in: None, monkeypatch: pytest.MonkeyPatch
+    kind: str, embeddings: str, packs: dict[str, Path], stand_in: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """MLX takes nothing from the host but the token's number, and no more memory than small results need."""
+    options = {"kernels": "metal", "slots": 160, "embeddings": embeddings}
     made: list[Any] = []
     constructor = mx.array
 
@@ -101,7 +107,7 @@ def test_a_decoded_token_makes_no_arrays_of_weights_or_lists(
         made.append(arguments[0])
         return constructor(*arguments)
 
-    with flashsparse.load(packs[kind], kernels="metal", slots=160) as engine, engine.session() as session:
+    with flashsparse.load(packs[kind], **options) as engine, engine.session() as session:
         session.logits(PROMPT)
         session.logits([1])
         for token in DECODED:
@@ -114,6 +120,44 @@ def test_a_decoded_token_makes_no_arrays_of_weights_or_lists(
             held.append(mx.get_active_memory())
     assert max(held) - min(held) < 16 << 10  # nothing is kept
     assert [np.size(each) for each in made] == [1] * len(DECODED)
+
+
+@pytest.mark.parametrize("lookahead", ["off", "token"])
+@pytest.mark.parametrize("kind", ["exact", "exact-q4", "minicpm", "dense"])
+def test_an_embedding_on_flash_changes_no_bits(
+    kind: str, lookahead: str, tmp_path: Path, stand_in: None, debug: None
+) -> None:
+    pack, found = KINDS[kind](tmp_path), []
+    steps = [list(range(128)), *([token] for token in (127, 0, 64, 64, 5)), PROMPT]
+    for embeddings in ("memory", "flash"):
+        options = {"kernels": "metal", "lookahead": lookahead, "max_kv_size": 160, "embeddings": embeddings}
+        with flashsparse.load(pack, **options) as engine, engine.session() as session:
+            found.append(np.concatenate([session.logits(part) for part in steps]))
+            assert (engine.counters.embedding_reads > 0) == (embeddings == "flash")
+    assert np.array_equal(*found)
+
+
+def test_a_row_is_written_when_nothing_reads_it(
+    packs: dict[str, Path], stand_in: None, debug: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with flashsparse.load(packs["exact"], kernels="metal", embeddings="flash") as engine:
+        decoder: Any = engine._decoder
+        rows, embedding, all_others = decoder.rows, decoder.inner.embed_tokens, np.arange(64, 128, dtype=np.int32)
+
+        def late(token: int) -> mx.array:
+            places = rows.places(np.array([token], np.int32))
+            output = embedding(mx.array(places)[None])
+            rows.reading(places, output)
+            return output
+
+        expected = np.array(late(3))
+        output, before = late(3), engine.counters.readbacks
+        rows.places(all_others)
+        assert engine.counters.readbacks == before + 1 and np.array_equal(np.array(output), expected)
+        late(3)
+        monkeypatch.setattr(Refills, "settle", lambda self: None)
+        with pytest.raises(RefillError):
+            rows.places(all_others)
 
 
 def test_keys_and_values_are_written_in_place(packs: dict[str, Path], stand_in: None) -> None:

@@ -34,6 +34,7 @@ JSON_KEYS = {
     "peak_memory_bytes",
     "runtime_bytes",
     "budget_bytes",
+    "embeddings",
     "flash_bytes",
     "flash_reads",
     "flash_bytes_per_token",
