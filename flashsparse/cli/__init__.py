@@ -40,6 +40,7 @@ REMEDIES = {
     errno.EEXIST: "; a file is in the way: name another path",
     errno.ENOTDIR: "; a file is in the way: name another path",
 }
+STDOUT = "standard output"
 
 
 class LazyGroup(click.Group):
@@ -111,12 +112,12 @@ def _drop_stdout() -> None:
 
 def _naming_stdout(error: Exception) -> Exception:
     """The error, or one that names standard output when that is what cannot be written."""
-    if isinstance(error, OSError) and error.filename is None:
+    if isinstance(error, OSError) and error.filename in (None, STDOUT):
         try:
             sys.stdout.flush()  # what could not be written is still waiting
         except OSError as again:
             _drop_stdout()
-            return OSError(again.errno, again.strerror, "standard output")
+            return OSError(again.errno, again.strerror, STDOUT)
     return error
 
 

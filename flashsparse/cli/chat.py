@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from flashsparse.arguments import shown
+from flashsparse.cli import STDOUT
 from flashsparse.cli.conversation import Conversation
 from flashsparse.cli.options import Sampling, memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import resolve_pack, state_dir
-from flashsparse.cli.report import STDOUT, full_note, printable, quality_report, stats_line, write
+from flashsparse.cli.report import full_note, printable, quality_report, stats_line, write
 from flashsparse.errors import FlashSparseError, UsageError
 
 if TYPE_CHECKING:

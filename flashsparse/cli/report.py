@@ -8,12 +8,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from flashsparse.cli import STDOUT
 from flashsparse.memory import format_bytes
 
 if TYPE_CHECKING:
     from flashsparse import Session
-
-STDOUT = "standard output"
 
 
 def stats_line(stats: dict[str, Any]) -> str:
