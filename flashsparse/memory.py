@@ -44,6 +44,21 @@ def parse_size(text: str, machine_bytes: int) -> int:
     return int(found[1]) * _UNITS[unit] if unit != "%" and "." not in found[1] else int(size)
 
 
+def budget_bytes(dram: str | int, machine: int | None = None) -> int:
+    """The bytes of the budget `dram`, of this machine's memory unless `machine` bytes are given.
+
+    Raises UsageError for what is no size, and for more than there is: a promise that nothing could keep.
+    """
+    machine = machine_memory() if machine is None else machine
+    size = dram if isinstance(dram, int) else parse_size(dram, machine)
+    if size > machine:
+        raise UsageError(
+            f"a budget of {format_bytes(size)} is more than the machine's memory ({format_bytes(machine)}): leave "
+            "--dram out for half of it or what the model needs, or give less"
+        )
+    return size
+
+
 def machine_memory() -> int:
     """The machine's physical memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from flashsparse import memory
 from flashsparse.arguments import integer, shown, whole
 from flashsparse.errors import UsageError
 from flashsparse.kernels import resolve
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 READ_MODES = ("auto", "direct", "buffered")
 LOOKAHEAD = ("auto", "on", "off", "token")
 EMBEDDINGS = ("auto", "memory", "flash")
-MAX_THREADS = 1024
+MAX_THREADS = max(256, os.cpu_count() or 1)  # more only wait for each other
+MAX_IO_THREADS = 1024
 MAX_SLOTS = 1 << 24
 
 
@@ -58,12 +60,10 @@ class LoadOptions:
         kernels = resolve(kernels, layers)
         if lookahead == "token" and kernels != "metal":
             raise UsageError(f"lookahead: 'token' saves read-backs from a GPU, kernels {kernels!r} have none; use 'on'")
-        self.dram = dram if dram is None or isinstance(dram, str) else _whole_bytes(dram)
+        self.dram = None if dram is None else memory.budget_bytes(dram if isinstance(dram, str) else _whole_bytes(dram))
         self.max_kv_size = None if max_kv_size is None else whole("max_kv_size", max_kv_size, 1)
-        self.threads = (
-            min(os.cpu_count() or 1, MAX_THREADS) if threads is None else whole("threads", threads, 1, MAX_THREADS)
-        )
-        self.io_threads = None if io_threads is None else whole("io_threads", io_threads, 1, MAX_THREADS)
+        self.threads = compute_threads(threads)
+        self.io_threads = None if io_threads is None else whole("io_threads", io_threads, 1, MAX_IO_THREADS)
         self.slots = None if slots is None else whole("slots", slots, 1, MAX_SLOTS)
         self.read_mode, self.kernels, self.on_plan, self.tier = read_mode, kernels, on_plan, tier
         self.native_layers = layers != "modules" and kernels == "native"
@@ -85,6 +85,11 @@ class LoadOptions:
                 "leave out embeddings='flash'"
             )
         return self.embeddings
+
+
+def compute_threads(threads: int | None) -> int:
+    """As asked for, or one per core. Raises UsageError."""
+    return (os.cpu_count() or 1) if threads is None else whole("threads", threads, 1, MAX_THREADS)
 
 
 def _whole_bytes(dram: Any) -> int:

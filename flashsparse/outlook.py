@@ -110,9 +110,10 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
     from flashsparse.sizes import Sizes
 
     facts, m = describe(pack), Manifest.load(pack)
+    budget = None if dram is None else memory.budget_bytes(dram)
     files = [FlashFile(m.flash_path(layer)) for layer in range(m.layers)]
     try:
-        plan, _ = Sizes(m, files, m.tier, 1, 16).plan(memory.footprint(), dram, None, None)
+        plan, _ = Sizes(m, files, m.tier, 1, 16).plan(memory.footprint(), budget, None, None)
     finally:
         for file in files:
             file.close()
@@ -164,7 +165,7 @@ def checkpoint_shape(source: Path, dram: str | None, tier: str, bits: int) -> Sh
     needs = resident + BESIDE + every * record.stride
     budget = memory.default_budget(needs, 0)
     if dram is not None:
-        budget = memory.parse_size(dram, memory.machine_memory())
+        budget = memory.budget_bytes(dram)
     room = budget - resident - BESIDE
     if room < 0:
         raise UsageError(

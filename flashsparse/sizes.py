@@ -58,7 +58,7 @@ class Sizes:
     embeddings: str = "auto"
 
     def plan(
-        self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None
+        self, runtime: int, dram: int | None, max_kv_size: int | None, slots: int | None
     ) -> tuple[MemoryPlan, int]:
         """The memory plan and the bytes of a tile. `slots`: that many in each layer, instead of what `dram` buys.
 
@@ -207,8 +207,8 @@ class Sizes:
         return (4 + 4 * extra.wide + 2) * records + 4 * extra.middle  # and two bytes: the mask, and its opposite
 
 
-def _budget(dram: str | int | None, least: MemoryPlan, runtime: int) -> int:
+def _budget(dram: int | None, least: MemoryPlan, runtime: int) -> int:
     """The budget asked for."""
     if dram is None:
         return memory.default_budget(least.needs_all, runtime)
-    return dram if isinstance(dram, int) else memory.parse_size(dram, memory.machine_memory())
+    return dram

@@ -56,6 +56,7 @@ def doctor(
     """
     from flashsparse.codec_outlook import sample_codec
     from flashsparse.machine import find_curve, memory_rate
+    from flashsparse.options import compute_threads
     from flashsparse.outlook import checkpoint_shape, expect, pack_shape
     from flashsparse.pack.manifest import Manifest
 
@@ -63,6 +64,7 @@ def doctor(
         from flashsparse.sparsity.plots import check_plot
 
         check_plot(plot)
+    compute_threads(threads)
     shape = codec = None
     if model is not None and (model / "pack.json").is_file():
         _check_unset("tier", "bits")

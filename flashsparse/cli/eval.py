@@ -8,16 +8,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from flashsparse.cli.options import Memory, memory_options, open_engine
+from flashsparse.cli.options import Memory, memory_of, memory_options, open_engine
 from flashsparse.errors import UsageError
 
 if TYPE_CHECKING:
+    from converter.model import Model
     from flashsparse.pack.manifest import Manifest
     from flashsparse.quality.evaluate import Progress, Quality, Reference
 
@@ -70,7 +71,7 @@ def eval(
     _check_texts(manifest, texts)
     window, generate = _lengths(manifest, window, generate)
     others = [(path.name, _recorded(path, texts, window)) for path in beside]
-    memory = _memory(Memory(**values), window, generate)
+    memory = _memory(memory_of(values), window, generate)
     quality = _measure(pack, texts, reference, tokens, window, generate, prompts, memory)
     record = quality.to_dict() | _context(manifest, texts, window, reference)
     _save(pack, record)
@@ -128,13 +129,16 @@ def _measure(
     prompts: int,
     memory: Memory,
 ) -> Quality:
+    from flashsparse.pack.manifest import Manifest
     from flashsparse.quality import evaluate
     from flashsparse.sparsity.texts import read_texts
 
     text = read_texts(texts, CHARACTERS_PER_TOKEN * (tokens + 1))
-    with open_engine(pack, memory) as engine, _progress() as progress:
+    with ExitStack() as stack:
+        other = None if reference is None else stack.enter_context(_open_reference(reference, Manifest.load(pack)))
+        engine, progress = stack.enter_context(open_engine(pack, memory)), stack.enter_context(_progress())
         windows = evaluate.cut_windows(evaluate.encode(engine, text, tokens), window)
-        with _reference(reference, engine.manifest, windows, progress) as dense:
+        with _reference(other, windows, progress) as dense:
             quality = evaluate.evaluate(engine, windows, dense, progress)
         if generate:
             quality.generation = evaluate.generate(engine, windows, prompts, generate, progress)
@@ -142,30 +146,36 @@ def _measure(
 
 
 @contextmanager
-def _reference(
-    source: str | None, manifest: Manifest, windows: Sequence[Sequence[int]], progress: Progress
-) -> Iterator[Reference | None]:
-    """The logits of another model, walked layer by layer over all windows beforehand; its states wait on disk."""
-    if source is None:
-        yield None
-        return
-    import tempfile
-
-    import numpy as np
-
+def _open_reference(source: str, manifest: Manifest) -> Iterator[Model]:
+    """The model to compare with, a checkpoint or a pack. Raises UsageError when it is none, or of other tokens."""
     from converter.model import open_model
-    from converter.walk import walk
     from flashsparse.pack.manifest import MANIFEST
 
     chosen = manifest.activation if manifest.activation.source == "option" else None
     override = None if chosen is None or (Path(source) / MANIFEST).is_file() else chosen.name
     if override is not None and chosen is not None and chosen.param is not None:
         override += f":{chosen.param}"
-    with open_model(source, override) as model, tempfile.TemporaryDirectory() as work:
+    with open_model(source, override) as model:
         if model.vocab_size != manifest.vocab_size:
             raise UsageError(
                 f"--reference {source}: found a vocabulary of {model.vocab_size} tokens, expected {manifest.vocab_size}"
             )
+        yield model
+
+
+@contextmanager
+def _reference(model: Model | None, windows: Sequence[Sequence[int]], progress: Progress) -> Iterator[Reference | None]:
+    """The logits of another model, walked layer by layer over all windows beforehand; its states wait on disk."""
+    if model is None:
+        yield None
+        return
+    import tempfile
+
+    import numpy as np
+
+    from converter.walk import walk
+
+    with tempfile.TemporaryDirectory() as work:
         inputs = [np.array(window[:-1]) for window in windows]
 
         def tell(what: str, done: int, total: int) -> None:

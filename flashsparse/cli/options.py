@@ -121,9 +121,24 @@ def _apply(options: tuple[Decorator, ...], command: Callable[..., Any]) -> Calla
 
 
 def split(values: dict[str, Any]) -> tuple[Memory, Sampling]:
-    """The command's keyword arguments as the two option values."""
+    """The command's keyword arguments as the two option values. Raises UsageError for a value out of its range."""
+    from flashsparse.sampling import check_sampling
+
+    sampling = Sampling(**{name: values[name] for name in Sampling.__dataclass_fields__})
+    check_sampling(**vars(sampling))
+    return memory_of(values), sampling
+
+
+def memory_of(values: dict[str, Any]) -> Memory:
+    """The command's options of loading. Raises UsageError for what no machine like this can have, before any work."""
+    from flashsparse.memory import budget_bytes
+    from flashsparse.options import compute_threads
+
     memory = Memory(**{name: values[name] for name in Memory.__dataclass_fields__})
-    return memory, Sampling(**{name: values[name] for name in Sampling.__dataclass_fields__})
+    compute_threads(memory.threads)
+    if memory.dram is not None:
+        budget_bytes(memory.dram)
+    return memory
 
 
 @contextmanager

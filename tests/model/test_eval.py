@@ -16,7 +16,7 @@ from converter.convert import convert
 from converter.model import LayerWeights, open_model
 from converter.walk import Block, losses, perplexity, walk
 from flashsparse.cli import cli
-from flashsparse.errors import UsageError
+from flashsparse.errors import FlashSparseError, UsageError
 from flashsparse.pack.manifest import PREDICTOR, Manifest
 from flashsparse.quality.evaluate import cut_windows
 from flashsparse.quality.measures import SetMeasures, total
@@ -129,6 +129,15 @@ def test_a_pack_as_the_reference(predict: Path, exact: Path, capsys: pytest.Capt
     assert given["kl"] == pytest.approx(own["kl"], rel=1e-2)
     assert given["dense_perplexity"] == pytest.approx(own["dense_perplexity"], rel=1e-3)
     assert given["perplexity"] == own["perplexity"]
+
+
+def test_a_wrong_reference_is_refused_before_loading(
+    exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for reference, words in (("nope", "nope: no such directory, and not a repository id"), (tmp_path, "config.json")):
+        with pytest.raises(FlashSparseError, match=words):
+            run(capsys, "eval", exact, "--text", TEXT, *SMALL, "--reference", reference)
+        assert "budget" not in capsys.readouterr().err  # no plan was shown, nothing was loaded
 
 
 def test_a_dense_pack(packs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,6 +37,15 @@ def test_parse_size_refuses(text: str) -> None:
         memory.parse_size(text, 16 * GB)
 
 
+def test_a_budget_beyond_the_machine_is_refused() -> None:
+    assert memory.budget_bytes("16GB", 16 * GB) == memory.budget_bytes(16 * GB, 16 * GB) == 16 * GB
+    for dram in ("9000TB", "17GB", 16 * GB + 1):
+        with pytest.raises(UsageError, match=r"more than the machine's memory \(16\.00 GB\)"):
+            memory.budget_bytes(dram, 16 * GB)
+    with pytest.raises(UsageError, match="more than the machine"):
+        memory.budget_bytes("9000TB")
+
+
 def test_format_bytes() -> None:
     sizes = (7 * GB, 512_000_000, 1_500_000, 2_500, 12)
     assert [memory.format_bytes(size) for size in sizes] == ["7.00 GB", "512 MB", "1.5 MB", "2.5 kB", "12 B"]
