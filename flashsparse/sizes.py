@@ -76,7 +76,7 @@ class Sizes:
         return (plan, tile) if plan.holds_everything else self._plan(*asked, on_flash=True)
 
     def _plan(
-        self, runtime: int, dram: str | int | None, max_kv_size: int | None, slots: int | None, on_flash: bool
+        self, runtime: int, dram: int | None, max_kv_size: int | None, slots: int | None, on_flash: bool
     ) -> tuple[MemoryPlan, int]:
         needs = self._needs(runtime, max_kv_size, slots, on_flash)
         # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
