@@ -25,7 +25,10 @@ SLOTS_KEPT = 0.999
 
 @dataclass(frozen=True)
 class Shape:
-    """What a token needs. Bytes; `touched`: resident weights that each token is computed with, predictor included."""
+    """What a token needs. Bytes; `touched`: resident weights that each token is computed with, predictor included.
+
+    `row`: of the embedding, read before anything is computed; 0 where the embedding is in memory.
+    """
 
     name: str
     tier: str
@@ -38,6 +41,7 @@ class Shape:
     slots: float  # of one layer, in the mean
     density: float | None = None  # as calibrated
     stored: int | None = None  # bytes of a compressed record on flash
+    row: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ def expect(shape: Shape, curve: Curve, memory_rate: float, density: float | None
         rule = "reading and memory time, less the hits' computing"
     else:
         total, rule = max(read_s, memory_s), "the larger of the two: reads run under computing"
+    row_s = shape.row / (curve.at(shape.row, 1, curve.mode) or rate) if shape.row else 0.0
+    read_bytes += shape.row
+    read_s, total = read_s + row_s, total + row_s
     return Outlook(
         share, share_from, hits, hits_from, round(read_bytes), read_s, round(touched), memory_s, 1 / total, rule
     )
@@ -107,6 +114,7 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
     from flashsparse.flash import FlashFile
     from flashsparse.pack.inspect import describe
     from flashsparse.pack.manifest import Manifest
+    from flashsparse.rows import embedding_bytes
     from flashsparse.sizes import Sizes
 
     facts, m = describe(pack), Manifest.load(pack)
@@ -117,7 +125,7 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
     finally:
         for file in files:
             file.close()
-    sizes = facts["bytes"]
+    sizes, whole = facts["bytes"], embedding_bytes(m)
     lookups = 0 if m.config.get("tie_word_embeddings") else sizes["resident_embeddings"]
     return Shape(
         name=str(pack),
@@ -126,11 +134,12 @@ def pack_shape(pack: Path, dram: str | None) -> Shape:
         records=m.intermediate_size,
         record_bytes=m.record.bytes,
         stride=m.record.stride,
-        resident=sizes["resident"] + sizes["predictor"],
+        resident=sizes["resident"] - plan.on_flash + sizes["predictor"],
         touched=sizes["resident"] - lookups + sizes["predictor"],
         slots=sum(plan.slots) / m.layers,
         density=m.predictor.calibrated_density if m.predictor else m.activity.density if m.activity else None,
         stored=None if m.codec is None else round(m.record.bytes / facts["codec"]["ratio"]),
+        row=whole // m.vocab_size if plan.on_flash else 0,
     )
 
 
@@ -160,12 +169,13 @@ def checkpoint_shape(source: Path, dram: str | None, tier: str, bits: int) -> Sh
     embeddings = 0 if model.config.get("tie_word_embeddings") else head
     scored = {"exact": row(quant), "predict": row(Quant(2, 64)), "dense": 0}[tier]
     touched = attention + head + model.layers * model.intermediate_size * scored
-    resident = touched + embeddings
     every = model.layers * model.intermediate_size
-    needs = resident + BESIDE + every * record.stride
+    needs = touched + embeddings + BESIDE + every * record.stride
     budget = memory.default_budget(needs, 0)
     if dram is not None:
         budget = memory.budget_bytes(dram)
+    on_flash = budget < needs and embeddings > 0
+    resident = touched if on_flash else touched + embeddings
     room = budget - resident - BESIDE
     if room < 0:
         raise UsageError(
@@ -174,5 +184,5 @@ def checkpoint_shape(source: Path, dram: str | None, tier: str, bits: int) -> Sh
     slots = 0 if tier == "dense" else min(model.intermediate_size, room // record.stride / model.layers)
     return Shape(
         f"{source}, estimated from its config.json", tier, model.layers, model.intermediate_size, record.bytes,
-        record.stride, resident, touched, slots,
+        record.stride, resident, touched, slots, row=row(quant) if on_flash else 0,
     )  # fmt: skip

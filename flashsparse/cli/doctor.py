@@ -158,10 +158,12 @@ def _model(curve: Curve, shape: Shape, outlook: Outlook) -> list[str]:
     merging, best = curve.merging(shape.stride), curve.best(shape.record_bytes)
     gap = f"across gaps of up to {format_bytes(merging.gap)}" if merging.gap >= 0 else "never"
     share = min(1.0, shape.slots / shape.records)
+    embedding = f"on flash, {shape.row} bytes of it per token" if shape.row else "in memory"
     return [
         f"model          {shape.name}",
         f"  tier         {shape.tier}, {shape.layers} layers of {shape.records} records of {shape.record_bytes} bytes",
         f"  slots        {shape.slots:.0f} in a layer ({100 * share:.0f} %)",
+        f"  embedding    {embedding}",
         f"  density      {100 * outlook.density:.3g} % ({outlook.density_from})",
         f"  hit rate     {outlook.hit_rate:.2f} ({outlook.hit_rate_from})",
         f"  one record   {best / 1e9:.2f} GB/s at {curve.depth(shape.record_bytes)} in flight; neighbours are read "

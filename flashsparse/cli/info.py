@@ -41,7 +41,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("weights", _weights(facts)),
         ("layers", f"{shapes['layers']} x {shapes['intermediate_size']} neurons, hidden size {shapes['hidden_size']}"),
         ("attention", _attention(shapes)),
-        ("vocabulary", f"{shapes['vocab_size']} tokens, {'tied' if shapes['tie_word_embeddings'] else 'untied'} head"),
+        ("vocabulary", _vocabulary(shapes)),
         ("record", _record(record)),
         ("direct reads", _amplification(record)),
         ("prefill", f"chunks of {facts['prefill_chunk']} tokens"),
@@ -95,6 +95,12 @@ def _attention(shapes: dict[str, Any]) -> str:
     if shapes["sliding_window"]:
         text += f", window {shapes['sliding_window']}"
     return f"{text}, context {shapes['max_position_embeddings']}"
+
+
+def _vocabulary(shapes: dict[str, Any]) -> str:
+    """Of a tied embedding every token needs all rows, as its head; of another one."""
+    head, place = ("tied", "in memory") if shapes["tie_word_embeddings"] else ("untied", "in memory or on flash")
+    return f"{shapes['vocab_size']} tokens, {head} head: the embedding is {place}"
 
 
 def _record(record: dict[str, Any]) -> str:

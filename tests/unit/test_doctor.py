@@ -61,11 +61,25 @@ def test_what_nobody_measured_is_assumed_and_named(slots: float, density: float 
     assert ("assumed" in found.density_from) == (density is None)
 
 
+def test_a_row_of_the_embedding_is_waited_for() -> None:
+    known = shape("predict", 300)
+    plain = expect(known, drive(1e9), 10e9, 0.2, 0.9)
+    found = expect(replace(known, row=4096), drive(1e9), 10e9, 0.2, 0.9)
+    assert found.read_bytes == plain.read_bytes + 4096
+    assert 1 / found.tokens_per_second == pytest.approx(1 / plain.tokens_per_second + 4096 / 1e9)
+
+
+def test_a_checkpoint_keeps_its_embedding_in_memory_when_all_fits(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    some, every = (checkpoint_shape(tmp_path, dram, "predict", 16) for dram in ("7GB", "20GB"))
+    assert (some.row, every.row) == (8192, 0) and every.resident - some.resident == 32000 * 8192
+
+
 def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     found = checkpoint_shape(tmp_path, "7GB", "predict", 16)
     assert (found.layers, found.records, found.record_bytes) == (32, 11008, 3 * 8192)
-    assert found.resident == pytest.approx(32 * 4 * 4096 * 8192 + 2 * 32000 * 8192 + 32 * 11008 * 1152, rel=0.02)
+    assert found.resident == pytest.approx(32 * 4 * 4096 * 8192 + 32000 * 8192 + 32 * 11008 * 1152, rel=0.02)
     assert 0.1 < found.slots / 11008 < 0.3
     assert checkpoint_shape(tmp_path, "2.6GB", "predict", 4).record_bytes == 6912
     with pytest.raises(UsageError, match="--dram 1GB: resident weights"):

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from flashsparse import errors, memory
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError
+from flashsparse.macos import PAGE_BYTES
+from flashsparse.rows import buffer_bytes, embedding_bytes
 from flashsparse.sizes import Sizes
 from tests.unit.tiny_pack import write_pack
 
@@ -218,6 +220,42 @@ def test_the_overhead_grows_with_records_and_slots(tmp_path: Path) -> None:
     assert overhead(512, 100) - overhead(256, 100) == 12 * 256 * 2  # 12 bytes for each record of two layers
     assert overhead(512, 300) - overhead(512, 100) == 21 * 200 * 2  # 21 for each slot
     assert overhead(512, 0, "dense") == overhead(256, 0, "dense") == overhead(256, 1) - 2 * (12 * 256 + 21)
+
+
+def test_the_embedding_stays_on_flash_unless_all_else_fits(tmp_path: Path) -> None:
+    pack = write_pack(tmp_path / "untied", vocab_size=20_000, intermediate_size=512)
+    left = embedding_bytes(pack)
+    assert left == 20_000 * pack.hidden_size * 2
+
+    def plan(embeddings: str, dram: int | None, slots: int | None = None) -> memory.MemoryPlan:
+        files: list[Any] = [SimpleNamespace(sector=512, direct=True)]
+        return Sizes(pack, files, "exact", 1, 1, False, embeddings).plan(0, dram, 64, slots)[0]
+
+    kept, flash = plan("memory", 1 << 40), plan("flash", 1 << 40)
+    assert (kept.on_flash, flash.on_flash) == (0, left)
+    gained = left - buffer_bytes(pack, 512)
+    assert gained > left / 2
+    for before, after in ((kept.floor, flash.floor), (kept.needs_all, flash.needs_all)):
+        assert gained - 6 * PAGE_BYTES <= before - after <= gained
+    for dram, expected in ((kept.needs_all, kept), (kept.needs_all - 1, flash), (flash.floor, flash)):
+        found = plan("auto", dram)
+        assert found.on_flash == expected.on_flash and found.unused >= 0
+    assert all(count == pack.intermediate_size for count in plan("auto", kept.needs_all - 1).slots)
+    assert plan("auto", None).on_flash == 0 and plan("auto", None, pack.intermediate_size).on_flash == 0
+    assert plan("auto", None, pack.intermediate_size - 1).on_flash == left
+    assert "of embedding stay on flash" in flash.describe() and "embedding" not in kept.describe()
+    with pytest.raises(BudgetError) as caught:
+        plan("auto", flash.floor - 1)
+    assert caught.value.smallest == flash.floor
+
+
+def test_an_embedding_that_every_token_needs_stays_in_memory(tmp_path: Path) -> None:
+    """A tied one, and one so small that rows in use would take as much."""
+    files: list[Any] = [SimpleNamespace(sector=512, direct=True)]
+    for name, changes in (("tied", {"tie_word_embeddings": True, "vocab_size": 20_000}), ("small", {})):
+        pack = write_pack(tmp_path / name, **changes)
+        plan, _ = Sizes(pack, files, "exact", 1, 1).plan(0, 1 << 24, 64, 1)
+        assert plan.on_flash == 0
 
 
 def test_plan_describes_itself() -> None:
