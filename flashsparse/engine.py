@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from flashsparse.rows import EmbeddingRows
     from flashsparse.session import Session
     from flashsparse.sparsity.judgement import LayerJudgement
+    from flashsparse.touching import Touching
     from flashsparse.weights import ResidentStore
 
 
@@ -111,6 +112,7 @@ class Engine:
         self._kernels: Kernels | None = None
         self._judging: Judging | None = None
         self._relief = macos.Relief(self._hold)
+        self._touching: Touching | None = None
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
         self.kernels = options.kernels
@@ -183,8 +185,15 @@ class Engine:
         self._relief.open()
         self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, tile)
+        self._touching = self._touch()
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
+
+    def _touch(self) -> Touching | None:
+        from flashsparse.touching import Touching, for_this_system
+
+        slabs = [ffn.slab.bytes for ffn in self._ffns if ffn.slab is not None]
+        return Touching(slabs) if self.kernels == "native" and for_this_system() else None
 
     def _make_kernels(self, options: LoadOptions) -> Any:
         if self.kernels == "metal":
@@ -360,6 +369,8 @@ class Engine:
         """Stop threads, close files, free the weights and the KV cache, after the step that another thread is in."""
         with self.exclusive():
             self._relief.close()
+            if self._touching is not None:
+                self._touching.close()
             if self._session is not None:
                 self.release(self._session)
             if self._pool is not None:

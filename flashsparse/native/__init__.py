@@ -24,6 +24,7 @@ from flashsparse.native.kernels import (
     memory_read,
     score,
     select,
+    touch,
 )
 from flashsparse.native.library import isa, lib, set_isa
 
@@ -48,4 +49,5 @@ __all__ = [
     "score",
     "select",
     "set_isa",
+    "touch",
 ]

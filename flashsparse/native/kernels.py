@@ -195,6 +195,11 @@ def memory_read(workers: Workers, buffer: np.ndarray) -> int:
     return int(lib().fs_memory_read(workers.handle, buffer.ctypes.data, buffer.nbytes))
 
 
+def touch(buffer: np.ndarray) -> None:
+    """Have the system give the pages of `buffer` now; its bytes stay, also those that others write meanwhile."""
+    lib().fs_touch(buffer.ctypes.data, buffer.nbytes)
+
+
 def linear(workers: Workers, matrix: Matrix, bias: np.ndarray | None, x: np.ndarray, out: np.ndarray) -> None:
     """out[T, rows] = x[T, cols] · matrixᵀ + bias[rows]. A row's bits do not depend on T or on the threads."""
     _check_product(matrix)

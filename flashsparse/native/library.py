@@ -12,7 +12,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 6
+ABI_VERSION = 7
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -139,6 +139,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_workers_stop": (None, [c_void_p]),
     "fs_workers_destroy": (None, [c_void_p]),
     "fs_memory_read": (c_uint64, [c_void_p, c_void_p, c_int64]),
+    "fs_touch": (None, [c_void_p, c_int64]),
     "fs_linear": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_score": (None, [c_void_p, POINTER(CMatrix), c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_gather": (None, [POINTER(CMatrix), c_void_p, c_int64, c_void_p]),

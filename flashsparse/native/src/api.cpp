@@ -45,6 +45,8 @@ Format format_of(int64_t columns, int32_t dtype, int32_t scale_dtype, int32_t gr
 Format format_of(const fs_matrix& w) { return format_of(w.cols, w.dtype, w.scale_dtype, w.group_size); }
 Format format_of(const fs_record& r) { return format_of(r.d, r.dtype, r.scale_dtype, r.group_size); }
 
+constexpr int64_t kPageBytes = 4096;  // or a part of a page, where they are larger
+
 int64_t pieces(int64_t total, int64_t size) { return (total + size - 1) / size; }
 int64_t round_up(int64_t n, int64_t multiple) { return pieces(n, multiple) * multiple; }
 int64_t between(int64_t low, int64_t n, int64_t high) { return n < low ? low : n > high ? high : n; }
@@ -141,6 +143,11 @@ uint64_t fs_memory_read(fs_workers* workers, const void* buffer, int64_t bytes) 
     Reading job{(const uint8_t*)buffer, bytes, int64_t(1) << 20, &total};
     workers->run(chosen().load()->read, &job, pieces(bytes, job.block_bytes), 0);
     return total;
+}
+
+void fs_touch(void* buffer, int64_t bytes) {
+    auto* at = (uint8_t*)buffer;
+    for (int64_t i = 0; i < bytes; i += kPageBytes) __atomic_fetch_or(at + i, uint8_t(0), __ATOMIC_RELAXED);
 }
 
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {

@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 6
+#define FS_ABI_VERSION 7
 
 #ifdef __cplusplus
 extern "C" {
@@ -64,6 +64,8 @@ FS_API void fs_workers_destroy(fs_workers*);  // stops it; no call may be inside
 // Reads every byte of a buffer once, in order, on all threads, and returns the exclusive or of its words: what a kernel
 // that only reads would reach. bytes: a multiple of 256.
 FS_API uint64_t fs_memory_read(fs_workers*, const void* buffer, int64_t bytes);
+// Makes the system give the pages of a buffer now; its bytes stay what they are, whoever writes them meanwhile.
+FS_API void fs_touch(void* buffer, int64_t bytes);
 
 // y[T, rows] = x[T, cols] W^T + bias. Each value's bits depend on its row, its token and the variant only.
 FS_API void fs_linear(fs_workers*, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y);
