@@ -208,13 +208,17 @@ class StreamedFFN:
         step.finish(self.layer)
 
     def _count_choice(self, choice: Choice, tokens: int) -> None:
-        self.counters.active += len(choice.ids)
+        pairs = choice.pairs(tokens) if self.predicts and not self.dense else 0
+        self.count(choice.ids, pairs, tokens)
+
+    def count(self, ids: np.ndarray, pairs: int, tokens: int) -> None:
+        """Records `ids` are needed, for `pairs` of token and neuron where the chooser guesses."""
+        self.counters.active += len(ids)
         self.counters.candidates += self.flash.records
         if self.observer is not None:
-            self.observer(choice.ids)
+            self.observer(ids)
         if not self.predicts or self.dense:
             return
-        pairs = choice.pairs(tokens)
         self.counters.predicted += pairs
         self.counters.scored += tokens * self.flash.records
         if tokens == 1:

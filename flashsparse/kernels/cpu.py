@@ -6,17 +6,18 @@ more.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse import native
-from flashsparse.choice import Exact, Predicted
+from flashsparse.choice import Exact, Predicted, Searched
 from flashsparse.flash.reader import STAGING_BYTES
 from flashsparse.native.compact import Compact, candidates
 from flashsparse.native.layers import Norm
 from flashsparse.native.rounds import Hint, Home, LayerRounds, Rounds
+from flashsparse.native.steps import Chosen, Described, Shared, Steps
 from flashsparse.sparsity.predictors import GateCopy
 
 if TYPE_CHECKING:
@@ -52,11 +53,14 @@ class NativeKernels:
         return native.select(scores, threshold, k, mask, ids)
 
     def candidates(self, gate: CompactGate, x: np.ndarray, mask: np.ndarray, ids: np.ndarray) -> int:
+        return candidates(self.workers, self._copy(gate), x, self._activation, self._param, mask, ids)[0]
+
+    def _copy(self, gate: CompactGate) -> Compact:
         copy = self._copies.get(gate.name)
         if copy is None:
             parts = gate.high, gate.low, gate.scales, gate.errors, gate.bias
             copy = self._copies[gate.name] = Compact(*parts, gate.cols)
-        return candidates(self.workers, copy, x, self._activation, self._param, mask, ids)[0]
+        return copy
 
     def gather(self, weight: Weight, ids: np.ndarray, out: np.ndarray) -> None:
         native.gather(self.matrix(weight), ids, out)
@@ -124,6 +128,26 @@ class NativeKernels:
             return None
         assert isinstance(chooser, Predicted)
         return Hint(rounds, norm, self.matrix(predictor.gate), predictor.bias, chooser.threshold)
+
+    def chosen(self, chooser: Chooser) -> Chosen | None:
+        """How a native step chooses what `chooser` does for one token; None for choosers of more than one product."""
+        if isinstance(chooser, Exact):
+            scoring, scores = self.matrix(chooser.scoring), chooser.scores[0]
+            return Chosen.active(scoring, chooser.bias, scores, self._activation, self._param)
+        if isinstance(chooser, Searched):
+            return Chosen.candidates(self._copy(chooser.gate), chooser.mask[0], self._activation, self._param)
+        predictor = chooser.predictor if isinstance(chooser, Predicted) else None
+        if not isinstance(predictor, GateCopy) or predictor.magnitude:
+            return None
+        assert isinstance(chooser, Predicted)
+        scoring, scores, mask = self.matrix(predictor.gate), chooser.scores[0], chooser.mask[0]
+        return Chosen.scored(scoring, predictor.bias, scores, mask, chooser.threshold, chooser.k)
+
+    def steps(self, layers: Sequence[Described | None], shared: Shared) -> Steps | None:
+        """Steps of one token through layers whose rounds these kernels have made; None where there are none."""
+        if self._rounds is None or not any(layers):
+            return None
+        return Steps(self.workers, self._rounds, self._record, layers, shared)
 
     def close(self) -> None:
         self.workers.close()

@@ -1,7 +1,8 @@
 """Decoders that run whole layers in native code, without MLX: Llama and its kin, and OPT.
 
-One native call per layer for everything before the FFN, then the streamed FFN, then the residual. Owns the buffers
-that the layers share; leaves out records (`ffn.py`) and what a configuration's fields mean (`models/config.py`).
+In a step of one token neighbouring layers are one native call where they can be (`native_step.py`). Else a layer is one
+call for everything before the FFN, then the streamed FFN, then the residual. Owns the buffers that the layers share;
+leaves out records (`ffn.py`) and what a configuration's fields mean (`models/config.py`).
 Results do not depend on how tokens are divided into calls: every native function promises that of its own.
 """
 
@@ -15,8 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse import native
+from flashsparse.models.native_step import native_step
 from flashsparse.models.rotation import frequencies
 from flashsparse.native.layers import Addresses, Heads, Layer, Norm, turns
+from flashsparse.native.steps import Shared
 from flashsparse.rows import located
 
 if TYPE_CHECKING:
@@ -63,9 +66,15 @@ class NativeDecoder:
         self._parts, self._kernels, self._ffns, self._counters, self._chunk = parts, kernels, ffns, counters, chunk
         scratch = max(layer.scratch_floats for layer in parts.layers)
         self._h, self._x = np.empty((chunk, size), np.float32), np.empty((chunk, size), np.float32)
-        self._buffers = Addresses(self._h, self._x, np.empty(chunk * scratch, np.float32))
+        buffer = np.empty(chunk * scratch, np.float32)
+        self._buffers = Addresses(self._h, self._x, buffer)
         turning = 0 if parts.frequencies is None else len(parts.frequencies)
         self._turns = np.empty((chunk, 2, turning), np.float32)
+        lent, closing = ffns[0].scratch, bool(parts.closing)
+        shared = Shared(
+            self._h[0], self._x[0], lent.out[0], buffer, lent.hidden, parts.residual, closing, ffns[0].predicts
+        )
+        self._step = native_step(kernels, parts.layers, ffns, parts.closing, shared, counters)
 
     def forward(self, ids: np.ndarray, caches: list[KVCache]) -> np.ndarray:
         """As in Decoder. Raises ValueError for more than `chunk` tokens."""
@@ -77,17 +86,28 @@ class NativeDecoder:
         if parts.frequencies is not None:
             turns(parts.frequencies, parts.factor, offset, tokens, self._turns[:tokens])
             turned = self._turns.ctypes.data
-        x = h if parts.closing else self._x[:tokens]
-        for index, (layer, ffn, cache) in enumerate(zip(parts.layers, self._ffns, caches, strict=True)):
-            if tokens == 1 and ffn.wants_hint:
-                ffn.hint(h)
-            began = time.perf_counter()
-            layer.attend(*cache.addresses, cache.capacity, offset, turned, tokens, self._buffers)
-            cache.offset = offset + tokens
-            self._counters.attention_s += time.perf_counter() - began
-            ffn.stream = h if tokens == 1 else None
-            self._add(h, ffn(x), index)
+        at, step = 0, self._step if tokens == 1 else None
+        while at < len(parts.layers):
+            reached = at if step is None else step.reach(at)
+            if step is None or reached == at:
+                reached = at + 1
+                self._layer(at, h, caches[at], turned)
+            else:
+                step.run(at, reached, h, caches, turned)
+            at = reached
         return self._finish(h)
+
+    def _layer(self, index: int, h: np.ndarray, cache: KVCache, turned: int | None) -> None:
+        """One layer, with all that its FFN may need between native calls."""
+        tokens, offset, ffn, parts = len(h), cache.offset, self._ffns[index], self._parts
+        if tokens == 1 and ffn.wants_hint:
+            ffn.hint(h)
+        began = time.perf_counter()
+        parts.layers[index].attend(*cache.addresses, cache.capacity, offset, turned, tokens, self._buffers)
+        cache.offset = offset + tokens
+        self._counters.attention_s += time.perf_counter() - began
+        ffn.stream = h if tokens == 1 else None
+        self._add(h, ffn(h if parts.closing else self._x[:tokens]), index)
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """As in Decoder."""
@@ -146,15 +166,11 @@ def build(
     kernels: NativeKernels,
     ffns: list[StreamedFFN],
     counters: Counters,
-    chunk: int,
     rows: EmbeddingRows | None = None,
 ) -> NativeDecoder:
-    """The model of a pack from its resident tensors, for `chunk` tokens at once.
-
-    `rows`: of an embedding that is not among them.
-    """
+    """The model of a pack from its resident tensors; `rows`: of an embedding that is not among them."""
     parts = (_opt if manifest.family == "opt" else _llama)(manifest, store, kernels, rows)
-    return NativeDecoder(parts, kernels, ffns, counters, chunk, manifest.hidden_size)
+    return NativeDecoder(parts, kernels, ffns, counters, manifest.prefill_chunk, manifest.hidden_size)
 
 
 Product = tuple[native.Matrix, np.ndarray | None]

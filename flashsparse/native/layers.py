@@ -108,7 +108,7 @@ class Layer:
             heads.query, heads.kv, heads.size, window, DTYPES[heads.kv_dtype], int(post_norm),
             heads.size**-0.5, residual,
         )  # fmt: skip
-        self._address = ctypes.addressof(self._c)
+        self._address = self.address = ctypes.addressof(self._c)
         self._attend = lib().fs_attend
 
     def attend(

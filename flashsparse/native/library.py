@@ -195,6 +195,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "fs_rounds_run": (c_int32, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]),
     "fs_rounds_ahead": (c_int32, [c_void_p, c_void_p, c_void_p, c_float, c_void_p]),
     "fs_rounds_drop": (None, [c_void_p, c_void_p]),
+    "fs_step_run": (c_int32, [c_void_p, c_void_p, c_void_p, c_int64, c_void_p]),
     "fs_pool_counters": (None, [c_void_p, POINTER(c_int64 * 5)]),
 }
 

@@ -56,10 +56,21 @@ class Rounds:
         return self._scratch[d, records]
 
     def tell(self) -> list[int]:
-        """The the figures since the last time."""
+        """The figures since the last time, then those of a failure."""
         found = self.tally.tolist()
         ctypes.memset(self.tally_at, 0, 8 * len(found))
         return found
+
+    def check(self, status: int, layer: LayerRounds, told: list[int]) -> None:
+        """Raise what a call's status says, as LayerRounds.run does; `told` by `tell` afterwards."""
+        if status == _READ_FAILED:
+            raise read_error(layer.path, *told[FIGURES:])
+        if status == _NO_MEMORY:
+            raise FlashReadError("cannot submit reads: no memory", layer.path, 0, 0, errno.ENOMEM)
+        if status == _POOL_STOPPED:
+            raise ValueError("this read pool is closed")
+        if status:
+            raise ValueError(f"ids must be ascending, unique and below {layer.records}")
 
     def __del__(self) -> None:
         if getattr(self, "_handle", None) and self._process == process():
@@ -136,7 +147,7 @@ class LayerRounds:
     ) -> None:
         if len(slab) < len(begin) * slot_bytes or record.bytes > home.record_bytes or home.record_bytes > slot_bytes:
             raise ValueError(f"{len(begin)} slots of {slot_bytes} bytes, {home.record_bytes} each, in {len(slab)}")
-        self._shared, self._home, self._d, self._keep = shared, home, record.d, (record, slab)
+        self._shared, self.path, self._d, self._keep = shared, home.path, record.d, (record, slab)
         self._c = CHome(
             0, 0, data_address(slab), slot_bytes, home.record_bytes, home.stride, home.data_offset, home.sector,
             home.gap, home.longest, home.fd, 0,
@@ -206,12 +217,5 @@ class LayerRounds:
 
     def _told(self, status: int) -> list[int]:
         found = self._shared.tell()
-        if status == _READ_FAILED:
-            raise read_error(self._home.path, *found[FIGURES:])
-        if status == _NO_MEMORY:
-            raise FlashReadError("cannot submit reads: no memory", self._home.path, 0, 0, errno.ENOMEM)
-        if status == _POOL_STOPPED:
-            raise ValueError("this read pool is closed")
-        if status:
-            raise ValueError(f"ids must be ascending, unique and below {self._records}")
+        self._shared.check(status, self, found)
         return found[:FIGURES]

@@ -17,7 +17,8 @@ import flashsparse
 from flashsparse import FlashReadError, UsageError, ffn, prefetch
 from flashsparse.cache import SlotTable
 from flashsparse.engine import Engine
-from flashsparse.native import rounds
+from flashsparse.models import native_step
+from flashsparse.native import rounds, steps
 from flashsparse.prefetch import NativePrefetch, Norm, Switch
 from flashsparse.stats import Counters
 from tests.model.packs import make_pack
@@ -216,7 +217,7 @@ def test_after_a_failure_nothing_lands_any_more() -> None:
 class Interrupt:
     """Raises KeyboardInterrupt before the n-th line that runs in the files that read ahead, as a signal would."""
 
-    FILES = (prefetch.__file__, ffn.__file__, rounds.__file__)
+    FILES = (prefetch.__file__, ffn.__file__, rounds.__file__, steps.__file__, native_step.__file__)
 
     def __init__(self, after: int) -> None:
         self.left = after

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "marks.h"
+#include "timing.h"
 #include "workers.h"
 
 namespace {
@@ -66,6 +67,7 @@ extern "C" {
 
 int64_t fs_candidates(fs_workers* workers, const fs_compact* copy, const float* x, int64_t T, int32_t activation,
                       float param, uint8_t* mask, int32_t* ids, int64_t* refined) {
+    fs::Timed timed;
     int64_t groups = padded_groups(*copy), step = T < kCopyTokens ? T : kCopyTokens;
     double rounding = rounding_of(*copy);
     Block block(step, groups);
