@@ -7,6 +7,7 @@ family's (`flashsparse.models`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 class Assembly:
     """Makes the layers of one engine. `store` holds the resident weights, `predictors` the predictor file's, if any.
 
-    `unified`: slots lie in MLX's memory.
+    `unified`: slots lie in MLX's memory. `slabs`: each layer's, as far as allocated already, by an earlier plan; one of
+    another size is not used.
     """
 
     pack: OpenPack
@@ -57,6 +59,7 @@ class Assembly:
     costs: Costs = TYPICAL
     unified: bool = False
     decoder: Decoder | None = None
+    slabs: Sequence[Buffer | None] = ()
 
     def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
@@ -96,11 +99,15 @@ class Assembly:
         if slots:
             ffn.table = SlotTable(m.intermediate_size, slots)
             ffn.slot_bytes = self.plan.slot_bytes
-            ffn.slab = Buffer(slots * ffn.slot_bytes, self.unified)
+            ffn.slab = self._slab(index, slots * ffn.slot_bytes)
             if isinstance(self.kernels, NativeKernels) and flash.compressed is None:  # native rounds know no codec
                 ffn.native = self.kernels.rounds(ffn)
             ffn.lookahead = self._lookahead(ffn)
         return ffn
+
+    def _slab(self, index: int, nbytes: int) -> Buffer:
+        slab = self.slabs[index] if self.slabs else None
+        return slab if slab is not None and slab.nbytes == nbytes else Buffer(nbytes, self.unified)
 
     def _lookahead(self, ffn: StreamedFFN) -> Prefetch | NativePrefetch | None:
         """None where hints are off, where nothing is chosen, and where the FFN's input is not the normalized stream."""

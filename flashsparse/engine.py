@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from flashsparse.session import Session
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.touching import Touching
-    from flashsparse.weights import ResidentStore
+    from flashsparse.weights import Buffer, ResidentStore
 
 
 def load(
@@ -113,6 +113,7 @@ class Engine:
         self._judging: Judging | None = None
         self._relief = macos.Relief(self._hold)
         self._touching: Touching | None = None
+        self._slabs: list[Buffer | None] = []
         self._threads = options.threads
         self.layers = "native" if options.native_layers else "modules"
         self.kernels = options.kernels
@@ -141,7 +142,7 @@ class Engine:
         from flashsparse.models.tensors import embedding_tensors
         from flashsparse.pack.predictor import predictor_quant
         from flashsparse.sizes import Sizes
-        from flashsparse.weights import ResidentStore
+        from flashsparse.weights import Buffer, ResidentStore
 
         self.manifest: Manifest = pack.manifest
         self.tier = options.tier_of(self.manifest)
@@ -168,6 +169,8 @@ class Engine:
         for at, quant in quants.items():
             left = embedding_tensors(self.manifest) if plan.on_flash and at == 0 else ()
             pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified, left))
+        if options.dram is not None:  # else the budget may depend on what the libraries take
+            self._touch([Buffer(slots * plan.slot_bytes) if slots else None for slots in plan.slots])
 
     def _load(self, pack: OpenPack, options: LoadOptions) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
@@ -176,8 +179,11 @@ class Engine:
         self._kernels = self._make_kernels(options)
         for store in pack.stores:
             store.wait()
+        begun = self._sizes.begun_bytes() + sum(store.nbytes for store in pack.stores)
+        if self._touching is not None:
+            begun += self._touching.close()
         memory.reset_peak()
-        self.runtime_bytes = memory.footprint() - self._sizes.begun_bytes() - sum(store.nbytes for store in pack.stores)
+        self.runtime_bytes = memory.footprint() - begun
         self.plan, tile = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
@@ -185,15 +191,18 @@ class Engine:
         self._relief.open()
         self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, tile)
-        self._touching = self._touch()
+        self._touch([ffn.slab for ffn in self._ffns])
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
 
-    def _touch(self) -> Touching | None:
+    def _touch(self, slabs: list[Buffer | None]) -> None:
+        """Take the memory of all layers' slots from the system, beside whatever else is done."""
         from flashsparse.touching import Touching, for_this_system
 
-        slabs = [ffn.slab.bytes for ffn in self._ffns if ffn.slab is not None]
-        return Touching(slabs) if self.kernels == "native" and for_this_system() else None
+        if self._touching is not None:
+            self._touching.close()
+        if self.kernels == "native" and for_this_system():
+            self._slabs, self._touching = slabs, Touching([slab.bytes for slab in slabs if slab is not None])
 
     def _make_kernels(self, options: LoadOptions) -> Any:
         if self.kernels == "metal":
@@ -382,7 +391,7 @@ class Engine:
             if self._pack is not None:
                 self._pack.close()
             self._decoder = self._kernels = self._pool = self._judging = None
-            self._ffns, self._caches = [], []
+            self._ffns, self._caches, self._slabs = [], [], []
         gc.collect()  # modules and the layers inside them refer to each other
 
     def __enter__(self) -> Engine:
@@ -397,6 +406,7 @@ class Engine:
         predictor = predictors[0] if predictors else None
         assembly_type, cache_type = self._parts()
         assembly = assembly_type(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
+        assembly.slabs, self._slabs = self._slabs, []
         self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
         shape = m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype
         self._caches = [cache_type(*shape) for _ in range(m.layers)]

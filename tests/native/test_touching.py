@@ -80,3 +80,34 @@ def test_an_engine_takes_its_slots_and_closes_the_thread(tmp_path: Path) -> None
         del slabs
         assert engine.peak_memory() - engine.runtime_bytes <= engine.plan.budget
     assert "touching" not in names()
+
+
+@pytest.mark.parametrize("dram", [None, "8MB"])
+def test_a_stated_budget_s_slots_are_taken_while_loading(
+    tmp_path: Path, dram: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[list[int]] = []
+
+    class Told(Touching):
+        def __init__(self, buffers: list[np.ndarray]) -> None:
+            taken.append([buffer.ctypes.data for buffer in buffers])
+            super().__init__(buffers)
+            self.wait()
+
+    monkeypatch.setattr("flashsparse.touching.Touching", Told)
+    with flashsparse.load(make_pack(tmp_path, tier="exact"), dram=dram) as engine, engine.session() as session:
+        session.logits(list(range(3, 40)))
+        assert engine.peak_memory() - engine.runtime_bytes <= engine.plan.budget
+    assert len(taken) == (1 if dram is None else 2)
+    assert taken[0] == taken[-1]
+    assert len(taken[0]) == engine.manifest.layers
+
+
+def test_a_load_that_fails_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "touch", lambda _: time.sleep(0.01))
+    monkeypatch.setattr(
+        "flashsparse.weights.ResidentStore.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+    )  # as struck while reading
+    with pytest.raises(KeyboardInterrupt):
+        flashsparse.load(make_pack(tmp_path, tier="exact"), dram="8MB")
+    assert "touching" not in names()
