@@ -16,7 +16,7 @@ from pathlib import Path
 from flashsparse import macos
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError, format_bytes
 
-CGROUP_RESERVE = 64_000_000  # left free under a control group's limit, for what the kernel charges to the group
+GROUP_RESERVE, GROUP_SHARE = 16_000_000, 256  # free under a control group's limit: page tables, and what else is charged
 MIN_CONTEXT = 256
 CONTEXT_STEP = 64
 MIN_DENSITY = 1e-3  # a layer that calibration found silent still gets slots beyond the floor
@@ -134,7 +134,7 @@ def default_budget(needs: int, runtime: int, machine: int | None = None, limit: 
     """
     budget = min((machine or machine_memory()) // 2, needs)
     limit = cgroup_limit() if limit is None else limit
-    return budget if limit is None else max(0, min(budget, limit - runtime - CGROUP_RESERVE))
+    return budget if limit is None else max(0, min(budget, limit - runtime - GROUP_RESERVE - limit // GROUP_SHARE))
 
 
 @dataclass(frozen=True)

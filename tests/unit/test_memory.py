@@ -128,8 +128,9 @@ def test_default_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cgroup_limit", lambda: None)
     assert memory.default_budget(20 * GB, 0, machine=16 * GB) == 8 * GB
     assert memory.default_budget(3 * GB, 0, machine=16 * GB) == 3 * GB
-    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=4 * GB) == 4 * GB - 75_000_000 - 64_000_000
-    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=100_000_000) == 0
+    reserve = 16_000_000 + 4 * GB // 256
+    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=4 * GB) == 4 * GB - 75_000_000 - reserve
+    assert memory.default_budget(20 * GB, 75_000_000, machine=16 * GB, limit=90_000_000) == 0
 
 
 SHAPE = {
