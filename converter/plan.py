@@ -249,7 +249,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     quant = None if options.bits == 16 else Quant(options.bits, options.group_size)
     plan = Plan(
         model=model,
-        tier=_tier(options.tier, model),
+        tier=choose_tier(options.tier, model),
         quant=quant,
         source_dtype=dtype,
         sources=sources,
@@ -265,7 +265,7 @@ def make_plan(checkpoint: Checkpoint, options: Options) -> Plan:
     if options.predict is not None:
         plan = _predicting(plan, options.predict, options.activation)
     _check_record_types(plan)
-    _check_groups(plan)
+    check_groups(plan)
     return plan
 
 
@@ -275,7 +275,7 @@ def _predicting(plan: Plan, options: PredictOptions, activation: str | None) -> 
     return replace(plan, recipe=recipe)
 
 
-def _tier(asked: str, model: NormalizedModel) -> str:
+def choose_tier(asked: str, model: NormalizedModel) -> str:
     sparse = model.activation.name != "silu"
     if asked == "exact" and not sparse:
         raise UnsupportedModelError(
@@ -328,7 +328,7 @@ def _check_record_types(plan: Plan) -> None:
                 )
 
 
-def _check_groups(plan: Plan) -> None:
+def check_groups(plan: Plan) -> None:
     """Every quantized row must be made of whole groups."""
     if plan.quant is None:
         return

@@ -7,19 +7,19 @@ bookkeeping, or the KV cache, which are small beside them for one conversation o
 
 from __future__ import annotations
 
-import json
+import os
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashsparse.errors import CheckpointError, UsageError, format_bytes
-
 if TYPE_CHECKING:
     from flashsparse.flash.curve import Curve
+    from flashsparse.pack.manifest import Manifest
 
 ASSUMED_DENSITY = 0.1
 ASSUMED_HITS = 0.85  # published for 7B models with a window of a few tokens: 0.82 to 0.90
-BESIDE = 64_000_000  # KV cache and buffers of a model that is not converted yet
+IO_THREADS = 16  # as without a curve
 SLOTS_KEPT = 0.999
 
 
@@ -27,7 +27,8 @@ SLOTS_KEPT = 0.999
 class Shape:
     """What a token needs. Bytes; `touched`: resident weights that each token is computed with, predictor included.
 
-    `row`: of the embedding, read before anything is computed; 0 where the embedding is in memory.
+    `row`: of the embedding, read before anything is computed; 0 where the embedding is in memory. `floor`: the smallest
+    budget that works, `needs`: the one that holds everything, as the memory plan states them.
     """
 
     name: str
@@ -42,6 +43,8 @@ class Shape:
     density: float | None = None  # as calibrated
     stored: int | None = None  # bytes of a compressed record on flash
     row: int = 0
+    floor: int = 0
+    needs: int = 0
 
 
 @dataclass(frozen=True)
@@ -110,79 +113,49 @@ def _hit_rate(shape: Shape, density: float, given: float | None) -> tuple[float,
 
 def pack_shape(pack: Path, dram: str | None) -> Shape:
     """The shape of a pack under a budget. Raises PackError, BudgetError and UsageError as loading it would."""
+    from flashsparse.pack.codec import compression
+    from flashsparse.pack.manifest import Manifest
+
+    m = Manifest.load(pack)
+    ratio = None if m.codec is None else compression(m)
+    return _shape(str(pack), m, [m.flash_path(layer) for layer in range(m.layers)], dram, ratio)
+
+
+def checkpoint_shape(source: Path, expected: Manifest, dram: str | None) -> Shape:
+    """The shape of the pack that a checkpoint would become, beside it. Raises BudgetError, UsageError."""
+    from flashsparse.pack.manifest import CONFIG
+
+    return _shape(f"{source}, estimated from its config.json", expected, [source / CONFIG], dram, None)
+
+
+def _shape(name: str, m: Manifest, paths: list[Path], dram: str | None, ratio: float | None) -> Shape:
+    """By the memory plan's own figures; `paths` are read as the records are, or lie where they would."""
     from flashsparse import memory
     from flashsparse.flash import FlashFile
-    from flashsparse.pack.inspect import describe
-    from flashsparse.pack.manifest import Manifest
+    from flashsparse.pack.manifest import PREDICTOR, RESIDENT
     from flashsparse.rows import embedding_bytes
     from flashsparse.sizes import Sizes
 
-    facts, m = describe(pack), Manifest.load(pack)
     budget = None if dram is None else memory.budget_bytes(dram)
-    files = [FlashFile(m.flash_path(layer)) for layer in range(m.layers)]
-    try:
-        plan, _ = Sizes(m, files, m.tier, 1, 16).plan(memory.footprint(), budget, None, None)
-    finally:
-        for file in files:
-            file.close()
-    sizes, whole = facts["bytes"], embedding_bytes(m)
-    lookups = 0 if m.config.get("tie_word_embeddings") else sizes["resident_embeddings"]
+    with ExitStack() as stack:
+        files = [stack.enter_context(FlashFile(path)) for path in paths]
+        plan, _ = Sizes(m, files, m.tier, os.cpu_count() or 1, IO_THREADS).plan(memory.footprint(), budget, None, None)
+    embedding = embedding_bytes(m)  # 0 when the head is tied to it: each token needs it whole
+    predictor = m.files[PREDICTOR].bytes if PREDICTOR in m.files else 0
+    resident = m.files[RESIDENT].bytes + predictor
     return Shape(
-        name=str(pack),
+        name=name,
         tier=m.tier,
         layers=m.layers,
         records=m.intermediate_size,
         record_bytes=m.record.bytes,
         stride=m.record.stride,
-        resident=sizes["resident"] - plan.on_flash + sizes["predictor"],
-        touched=sizes["resident"] - lookups + sizes["predictor"],
+        resident=resident - plan.on_flash,
+        touched=resident - embedding,
         slots=sum(plan.slots) / m.layers,
         density=m.predictor.calibrated_density if m.predictor else m.activity.density if m.activity else None,
-        stored=None if m.codec is None else round(m.record.bytes / facts["codec"]["ratio"]),
-        row=whole // m.vocab_size if plan.on_flash else 0,
+        stored=None if ratio is None else round(m.record.bytes / ratio),
+        row=embedding // m.vocab_size if plan.on_flash else 0,
+        floor=plan.floor,
+        needs=plan.needs_all,
     )
-
-
-def checkpoint_shape(source: Path, dram: str | None, tier: str, bits: int) -> Shape:
-    """The shape that a checkpoint's config.json would have as a pack of `tier` and `bits`; an estimate.
-
-    Raises CheckpointError, UnsupportedModelError, UsageError.
-    """
-    from flashsparse import memory
-    from flashsparse.models.config import normalize_config
-    from flashsparse.pack.layout import Quant, record_layout, vector_bytes
-
-    try:
-        raw = json.loads((source / "config.json").read_text())
-        model = normalize_config(raw)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source}/config.json: cannot be read: {error}") from None
-    d, quant = model.hidden_size, None if bits == 16 else Quant(bits, 64)
-    record = record_layout(model.gated, tier, d, "F16", quant)
-
-    def row(stored: Quant | None) -> int:
-        return vector_bytes(d, "F16", stored)
-
-    heads = model.heads * model.head_dim
-    attention = model.layers * (2 * heads + 2 * model.kv_heads * model.head_dim) * row(quant)
-    head = model.vocab_size * row(quant)
-    embeddings = 0 if model.config.get("tie_word_embeddings") else head
-    scored = {"exact": row(quant), "predict": row(Quant(2, 64)), "dense": 0}[tier]
-    touched = attention + head + model.layers * model.intermediate_size * scored
-    every = model.layers * model.intermediate_size
-    needs = touched + embeddings + BESIDE + every * record.stride
-    budget = memory.default_budget(needs, 0)
-    if dram is not None:
-        budget = memory.budget_bytes(dram)
-    on_flash = budget < needs and embeddings > 0
-    resident = touched if on_flash else touched + embeddings
-    room = budget - resident - BESIDE
-    if room < 0:
-        raise UsageError(
-            f"--dram {dram}: resident weights and buffers take about {format_bytes(resident + BESIDE)}; give more"
-        )
-    slots = 0 if tier == "dense" else min(model.intermediate_size, room // record.stride / model.layers)
-    return Shape(
-        f"{source}, estimated from its config.json", tier, model.layers, model.intermediate_size, record.bytes,
-        record.stride, resident, touched, slots, row=row(quant) if on_flash else 0,
-    )  # fmt: skip

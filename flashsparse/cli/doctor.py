@@ -71,7 +71,9 @@ def doctor(
         shape = pack_shape(model, dram)
         codec = sample_codec(Manifest.load(model), threads or os.cpu_count() or 1)
     elif model is not None:
-        shape = checkpoint_shape(model, dram, tier, int(bits))
+        from converter.expected import expected_manifest
+
+        shape = checkpoint_shape(model, expected_manifest(model, tier, int(bits)), dram)
     curve, known = find_curve(at or model or Path(), again, lambda problem: click.echo(problem, err=True))
     memory = memory_rate(threads)
     outlook = expect(shape, curve, memory, density, hit_rate) if shape else None
@@ -162,6 +164,7 @@ def _model(curve: Curve, shape: Shape, outlook: Outlook) -> list[str]:
     return [
         f"model          {shape.name}",
         f"  tier         {shape.tier}, {shape.layers} layers of {shape.records} records of {shape.record_bytes} bytes",
+        f"  budget       at least {format_bytes(shape.floor)}, everything {format_bytes(shape.needs)}",
         f"  slots        {shape.slots:.0f} in a layer ({100 * share:.0f} %)",
         f"  embedding    {embedding}",
         f"  density      {100 * outlook.density:.3g} % ({outlook.density_from})",

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from flashsparse import machine
+from converter.expected import expected_manifest
+from flashsparse import machine, memory
 from flashsparse.cli import doctor as command
 from flashsparse.codec_outlook import CodecSample
-from flashsparse.errors import CheckpointError, UsageError
+from flashsparse.errors import BudgetError, CheckpointError, UsageError
 from flashsparse.flash.curve import DEPTHS, SIZES, Curve, device_name, load_curve, save_curve
 from flashsparse.outlook import ASSUMED_DENSITY, ASSUMED_HITS, Shape, checkpoint_shape, expect
 
@@ -22,6 +23,10 @@ CONFIG = {
     "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
     "vocab_size": 32000, "max_position_embeddings": 2048, "tie_word_embeddings": False,
 }  # fmt: skip
+
+
+def expected_shape(source: Path, dram: str | None, tier: str, bits: int) -> Shape:
+    return checkpoint_shape(source, expected_manifest(source, tier, bits), dram)
 
 
 def drive(rate: float, device: str = "") -> Curve:
@@ -69,24 +74,29 @@ def test_a_row_of_the_embedding_is_waited_for() -> None:
     assert 1 / found.tokens_per_second == pytest.approx(1 / plain.tokens_per_second + 4096 / 1e9)
 
 
+@pytest.fixture(autouse=True)
+def large_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "machine_memory", lambda: 64 * 10**9)
+
+
 def test_a_checkpoint_keeps_its_embedding_in_memory_when_all_fits(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    some, every = (checkpoint_shape(tmp_path, dram, "predict", 16) for dram in ("7GB", "20GB"))
+    some, every = (expected_shape(tmp_path, dram, "predict", 16) for dram in ("7GB", "20GB"))
     assert (some.row, every.row) == (8192, 0) and every.resident - some.resident == 32000 * 8192
 
 
 def test_a_checkpoint_is_judged_by_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    found = checkpoint_shape(tmp_path, "7GB", "predict", 16)
+    found = expected_shape(tmp_path, "7GB", "predict", 16)
     assert (found.layers, found.records, found.record_bytes) == (32, 11008, 3 * 8192)
-    assert found.resident == pytest.approx(32 * 4 * 4096 * 8192 + 32000 * 8192 + 32 * 11008 * 1152, rel=0.02)
+    assert found.resident == pytest.approx(32 * 4 * 4096 * 8192 + 32000 * 8192 + 32 * 11008 * 1280, rel=1e-3)
     assert 0.1 < found.slots / 11008 < 0.3
-    assert checkpoint_shape(tmp_path, "2.6GB", "predict", 4).record_bytes == 6912
-    with pytest.raises(UsageError, match="--dram 1GB: resident weights"):
-        checkpoint_shape(tmp_path, "1GB", "predict", 16)
+    assert expected_shape(tmp_path, "2.6GB", "predict", 4).record_bytes == 6912
+    with pytest.raises(BudgetError, match=r"1\.00 GB is too small: resident weights"):
+        expected_shape(tmp_path, "1GB", "predict", 16)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint_shape(tmp_path, None, "predict", 16)
+    with pytest.raises(CheckpointError, match="not JSON"):
+        expected_shape(tmp_path, None, "predict", 16)
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "flashsparse"
 HEAVY = ("mlx", "mlx_lm", "transformers", "torch")
 # packs.py: what chat and demo share
-CONVERTING = {"calibrate.py", "convert.py", "demo.py", "eval.py", "packs.py", "sparsity.py"}
+CONVERTING = {"calibrate.py", "convert.py", "demo.py", "doctor.py", "eval.py", "packs.py", "sparsity.py"}
 
 
 def imported(file: Path) -> Iterator[str]:
