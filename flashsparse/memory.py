@@ -16,7 +16,10 @@ from pathlib import Path
 from flashsparse import macos
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError, format_bytes
 
-GROUP_RESERVE, GROUP_SHARE = 16_000_000, 256  # free under a control group's limit: page tables, and what else is charged
+GROUP_RESERVE, GROUP_SHARE = (
+    16_000_000,
+    256,
+)  # free under a control group's limit: page tables, and what else is charged
 MIN_CONTEXT = 256
 CONTEXT_STEP = 64
 MIN_DENSITY = 1e-3  # a layer that calibration found silent still gets slots beyond the floor

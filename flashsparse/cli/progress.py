@@ -9,12 +9,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import click
 
-if TYPE_CHECKING:
-    from converter.walk import Progress
+Progress = Callable[[str, int, int], None]  # (what, done, of how many)
 
 
 @contextmanager
