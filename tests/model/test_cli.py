@@ -111,11 +111,13 @@ def test_generate_json_from_a_process_of_its_own(home: None, bare_pack: Path) ->
     vector = read(CASE)
     prompt = " ".join(map(str, vector.prompt))
     command = [sys.executable, "-m", "flashsparse", "generate", str(bare_pack), "-p", prompt, "-n", "20", "--json"]
+    command += ["--embeddings", "flash"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert set(result) >= JSON_KEYS
     assert result["tokens"] == vector.greedy[:20].tolist()
+    assert (result["embeddings"], result["prefill"]["embedding_reads"] > 0) == ("flash", True)
     assert (result["prompt_tokens"], result["generation_tokens"], result["tier"]) == (64, 20, "exact")
     assert result["flash_bytes"] > 0
     assert result["flash_reads"] > 0
