@@ -26,7 +26,8 @@ from typing import Any
 from bench.activity import PROFILES
 from bench.ceilings import measure_ceilings
 from bench.decode import RunFailed, run_once, summarize
-from bench.machine import OthersCpu, machine_name, mean_deviation, note, purge, record, shown
+from bench.figures import draw
+from bench.machine import OthersCpu, machine_name, note, purge, record, shown
 from bench.packs import KINDS, make_pack, sequence_path
 from bench.synthetic import SHAPES, Shape, write
 from flashsparse.memory import format_bytes
@@ -52,9 +53,10 @@ def main() -> int:
     args.work.mkdir(parents=True, exist_ok=True)
     points = [found for point in POINTS[args.against](args) if (found := measure(args, point)) is not None]
     print(table(args.against, points))
+    result = {"machine": machine_name(), "against": args.against, "points": points}
     if args.plot is not None and points:
-        draw(args.plot, args.against, points)
-    print(json.dumps({"machine": machine_name(), "against": args.against, "points": points}))
+        draw(args.plot, [result])
+    print(json.dumps(result))
     return 0 if points else 1
 
 
@@ -211,28 +213,6 @@ def _label(against: str, x: float) -> str:
     if against == "size":
         return f"{x / 1e9:.1f}B"
     return format_bytes(int(x)) if against == "budget" else f"{x:g}"
-
-
-def draw(path: Path, against: str, points: list[dict[str, Any]]) -> None:
-    """Tokens per second with deviations, and the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    units = {"size": ("weights (billions)", 1e9), "budget": ("budget (GB)", 1e9), "density": ("share of neurons", 1),
-             "context": ("prompt (tokens)", 1)}  # fmt: skip
-    label, unit = units[against]
-    x = [point["x"] / unit for point in points]
-    found = [mean_deviation(point["decode_tps"]) for point in points]
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    axes.errorbar(x, [mean for mean, _ in found], [deviation for _, deviation in found], marker="o", label="measured")
-    axes.plot(x, [point["limit_tps"] for point in points], "--", label="limit of drive and memory")
-    axes.set(xlabel=label, ylabel="decode, tokens/s", ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

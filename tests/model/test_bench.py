@@ -15,7 +15,7 @@ import pytest
 
 import flashsparse
 from bench import convert as convert_bench
-from bench import mlx_lm_peer, peers, prefill, scaling
+from bench import figures, mlx_lm_peer, peers, prefill, scaling
 from bench.activity import PROFILES
 from bench.ceilings import Ceilings, Limit, drive_rate, limit_of, memory_rate, touched_bytes
 from bench.decode import check, summarize, table
@@ -286,12 +286,21 @@ def test_the_shapes_have_their_sizes() -> None:
     assert {name: round(size, 1) for name, size in sizes.items()} == {"1b": 1.1, "3b": 3.0, "7b": 6.7, "13b": 13.0}
 
 
-def test_scaling_draws_measured_points_and_the_limit(tmp_path: Path) -> None:
+def test_figures_draw_points_with_the_limit_and_rungs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     point = {"x": 7e9, "decode_tps": [2.0, 3.0], "limit_tps": 4.0, "hit_rate": 0.5, "density": 0.1,
              "flash_bytes_per_token": 1e6, "budget_bytes": 7_000_000_000}  # fmt: skip
-    scaling.draw(tmp_path / "plot.png", "size", [point, {**point, "x": 3e9}])
-    assert (tmp_path / "plot.png").stat().st_size > 1000
+    bars = [{"rung": "naive", "decode_tps": [0.1]}, {"rung": "sets", "failed": "exit 1"}]
+    for name, result in (("a", {"against": "size", "points": [point, {**point, "x": 3e9}]}), ("b", {"results": bars})):
+        (tmp_path / name).write_text("a table\n" + json.dumps(result) + "\n")
+    command = ["bench.figures", str(tmp_path / "plot.png"), str(tmp_path / "a"), str(tmp_path / "b")]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", command)
+        assert figures.main() == 0
+        assert (tmp_path / "plot.png").stat().st_size > 1000
+        (tmp_path / "b").write_text("a table\n")
+        assert figures.main() == 1
+    assert "b: the last line is not" in capsys.readouterr().err
     assert scaling.table("size", [point]).splitlines()[-1].split()[0] == "7.0B"
 
 
