@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flashsparse.rows import embedding_bytes
+
 if TYPE_CHECKING:
     from flashsparse.pack.manifest import Manifest
     from flashsparse.stats import Counters
@@ -103,17 +105,7 @@ def touched_bytes(manifest: Manifest, cost: Counters, tokens: int, context: floa
     m = manifest
     resident = sum(m.files[p.name].bytes for p in (m.resident_path, m.predictor_path) if p.name in m.files)
     kv = 2 * m.layers * m.kv_heads * m.head_dim * (4 if m.source_dtype == "F32" else 2) * context
-    return resident - _embedding_bytes(m) + cost.active / tokens * m.record.bytes + kv
-
-
-def _embedding_bytes(manifest: Manifest) -> int:
-    """What looking up tokens need not read: the table, unless it serves as the head too."""
-    from flashsparse.pack.safetensors import read_header
-
-    if manifest.config.get("tie_word_embeddings"):
-        return 0
-    header = read_header(manifest.resident_path)
-    return sum(t.end - t.begin for name, t in header.tensors.items() if "embed_tokens." in name)
+    return resident - embedding_bytes(m) + cost.active / tokens * m.record.bytes + kv
 
 
 def limit_of(manifest: Manifest, ceilings: Ceilings, cost: Counters, tokens: int, context: float) -> Limit:

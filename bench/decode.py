@@ -27,7 +27,7 @@ from bench.rungs import RUNGS
 from flashsparse.memory import format_bytes, machine_memory, parse_size
 
 CACHES = ("cold", "warm")
-_PASSED = ("sequence", "prompt", "tokens", "dram", "max_kv_size", "read_mode", "threads", "io_threads")
+_PASSED = ("sequence", "prompt", "tokens", "dram", "max_kv_size", "read_mode", "threads", "io_threads", "embeddings")
 
 
 def main() -> int:

@@ -55,6 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--read-mode", default="auto", choices=["auto", "direct", "buffered"])
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--io-threads", type=int, default=None, help="[default: the engine's]")
+    parser.add_argument("--embeddings", default="auto", choices=["auto", "memory", "flash"])
 
 
 def read_sequence(path: Path, count: int) -> tuple[list[int], dict[str, Any]]:
@@ -78,7 +79,8 @@ def off_profile(report: dict[str, Any], profile: str) -> list[str]:
 def run(args: argparse.Namespace, rung: Rung, tokens: list[int], hot: list[list[int]] | None) -> dict[str, Any]:
     """Load, prefill the prompt, decode the rest one by one; the first decoded token is not timed apart."""
     options = {"dram": args.dram, "max_kv_size": args.max_kv_size or len(tokens), "read_mode": args.read_mode,
-               "threads": args.threads, "io_threads": args.io_threads, **rung.load}  # fmt: skip
+               "threads": args.threads, "io_threads": args.io_threads, "embeddings": args.embeddings,
+               **rung.load}  # fmt: skip
     with native_time() as native, flashsparse.load(args.pack, **options) as engine:
         if engine.manifest.tier not in rung.tiers:
             sys.exit(f"rung {rung.name} needs a pack of tier {' or '.join(rung.tiers)}, not {engine.manifest.tier}")

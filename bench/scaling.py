@@ -165,7 +165,8 @@ def measure(args: argparse.Namespace, point: Point) -> dict[str, Any] | None:
     from flashsparse.pack.manifest import Manifest
 
     values = {"sequence": None, "prompt": args.prompt, "tokens": args.tokens, "max_kv_size": None, "threads": None,
-              "read_mode": "auto", "io_threads": None, "limit": args.limit, **point.options}  # fmt: skip
+              "read_mode": "auto", "io_threads": None, "embeddings": None,
+              "limit": args.limit, **point.options}  # fmt: skip
     call = argparse.Namespace(pack=point.pack, **values)
     ceilings = measure_ceilings(Manifest.load(point.pack), threads=2)
     runs = []

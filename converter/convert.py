@@ -30,7 +30,7 @@ from converter.order import (
 from converter.plan import Options, Plan, make_plan
 from converter.predict import check_texts, fit, write_predictor
 from converter.predict_options import given, predict_options
-from converter.publish import Staging, check_replaceable, check_space, staging_path
+from converter.publish import Staging, check_outside, check_replaceable, check_space, staging_path
 from converter.resident import write_resident
 from converter.source import Checkpoint, open_checkpoint
 from flashsparse.errors import CheckpointError, ConvertError, PackError, UsageError
@@ -109,6 +109,7 @@ def convert(
     predict = predict_options(without_texts(found, ordering, tier), tier)
     options = Options(bits, group_size, tier, gate, activation, predict, ordering, codec, density)
     pack = _destination(dst)
+    check_outside(pack)
     if os.path.lexists(pack) and not (resume or force):
         raise _exists(pack)
     with open_checkpoint(find_source(src)) as checkpoint:

@@ -113,9 +113,18 @@ class Staging:
         sync_directory(self.dst.parent)
 
 
+def check_outside(dst: Path) -> None:
+    """A pack's directory is its own. Raises ConvertError for a destination that lies in another pack."""
+    for parent in Path(os.path.realpath(dst)).parents:
+        if os.path.isfile(parent / MANIFEST):
+            raise ConvertError(f"{dst}: lies inside the pack {parent}: name a destination outside of it")
+
+
 def check_replaceable(dst: Path) -> None:
-    """Only a pack may be replaced. Raises ConvertError for any other file or directory."""
+    """Only a pack may be replaced. Raises ConvertError for any other file or directory, and one with a pack in it."""
     if dst.is_dir() and not dst.is_symlink() and ((dst / MANIFEST).is_file() or not any(dst.iterdir())):
+        for inner in sorted(dst.glob(f"*/{MANIFEST}")):
+            raise ConvertError(f"{dst}: holds another pack, {inner.parent.name}, which would go too: move it elsewhere")
         return
     raise ConvertError(f"{dst}: exists and is not a pack; --force replaces only packs, so remove it yourself")
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from flashsparse.kernels import Kernels
     from flashsparse.memory import MemoryPlan
     from flashsparse.opening import OpenPack
-    from flashsparse.sizes import Sizes
+    from flashsparse.sizes import Passes, Sizes
     from flashsparse.stats import Counters
 
 
@@ -61,9 +61,9 @@ class Assembly:
     decoder: Decoder | None = None
     slabs: Sequence[Buffer | None] = ()
 
-    def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
+    def layers(self, sizes: Sizes, passes: Passes, counters: Counters) -> list[StreamedFFN]:
         """Every layer of the pack, sharing one scratch."""
-        m, scratch = self.pack.manifest, self._scratch(sizes, tile_bytes)
+        m, scratch = self.pack.manifest, self._scratch(sizes, passes)
         curve = load_curve(cache_dir(), m.path)
         merging = self.merging if curve is None else curve.merging(m.record.stride)
         self.merging = replace(merging, longest=sizes.staging_bytes())
@@ -75,12 +75,11 @@ class Assembly:
             ffn.after = after
         return made
 
-    def _scratch(self, sizes: Sizes, tile_bytes: int) -> Scratch:
-        m = self.pack.manifest
+    def _scratch(self, sizes: Sizes, passes: Passes) -> Scratch:
         return Scratch(
-            hidden=np.empty(sizes.hidden_floats(), np.float32),
-            out=np.empty((m.prefill_chunk, m.hidden_size), np.float32),
-            tiles=Tiles((Buffer(tile_bytes), Buffer(tile_bytes)), tile_bytes),
+            hidden=np.empty(sizes.hidden_floats(passes), np.float32),
+            out=np.empty((passes.chunk, self.pack.manifest.hidden_size), np.float32),
+            tiles=Tiles((Buffer(passes.tile_bytes), Buffer(passes.tile_bytes)), passes.tile_bytes),
         )
 
     def _ffn(self, *arguments: Any) -> StreamedFFN:
@@ -136,12 +135,12 @@ class Assembly:
             return [Whole(m.intermediate_size)] * m.layers
         if m.gate == "compact":
             return self._searching()
-        scores = np.empty((m.prefill_chunk, m.intermediate_size), np.float32)
+        scores = np.empty((self.plan.chunk, m.intermediate_size), np.float32)
         return [Exact(self.kernels, *self._scoring(index), scores) for index in range(m.layers)]
 
     def _searching(self) -> list[Chooser]:
         m = self.pack.manifest
-        mask = np.empty((m.prefill_chunk, m.intermediate_size), np.uint8)
+        mask = np.empty((self.plan.chunk, m.intermediate_size), np.uint8)
         gates = [scoring_name(m.family, layer) for layer in range(m.layers)]
         return [Searched(self.kernels, CompactGate.load(self.store, gate, m.hidden_size), mask) for gate in gates]
 
@@ -153,9 +152,9 @@ class Assembly:
 
     def _predicting(self) -> list[Chooser]:
         m = self.pack.manifest
-        sizes, wide_shape = scratch_sizes(m), (m.prefill_chunk, m.intermediate_size)
+        sizes, wide_shape = scratch_sizes(m), (self.plan.chunk, m.intermediate_size)
         wide = np.empty(wide_shape, np.float32) if sizes.wide else None
-        middle = np.empty(m.prefill_chunk * sizes.middle, np.float32)
+        middle = np.empty(self.plan.chunk * sizes.middle, np.float32)
         scores, mask = np.empty(wide_shape, np.float32), np.empty(wide_shape, np.uint8)
         if m.gate == "full":
             assert wide is not None

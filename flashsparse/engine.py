@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from flashsparse.pack.manifest import Manifest, Quant
     from flashsparse.rows import EmbeddingRows
     from flashsparse.session import Session
+    from flashsparse.sizes import Passes
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.touching import Touching
     from flashsparse.weights import Buffer, ResidentStore
@@ -155,8 +156,8 @@ class Engine:
             options.io_threads, curve, record.bytes, record.stride * self.manifest.intermediate_size
         )
         unified = self.kernels == "metal"
-        embeddings = options.embeddings_of(self.manifest)
-        sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified, embeddings)
+        embeddings, native = options.embeddings_of(self.manifest), options.native_layers and not unified
+        sizes = Sizes(self.manifest, pack.files, self.tier, options.threads, io_threads, unified, native, embeddings)
         # The plan that counts is made when `runtime` is known; a budget that cannot work is refused before reading.
         plan, _ = sizes.plan(memory.footprint(), options.dram, options.max_kv_size, options.slots)
         self.embeddings = "flash" if plan.on_flash else "memory"
@@ -184,13 +185,13 @@ class Engine:
             begun += self._touching.close()
         memory.reset_peak()
         self.runtime_bytes = memory.footprint() - begun
-        self.plan, tile = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
+        self.plan, passes = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
         macos.wire(self.plan.budget)
         self._relief.open()
         self._switch = Switch(options.lookahead, self.counters)
-        self._decoder = self._build(pack, tile)
+        self._decoder = self._build(pack, passes)
         self._touch([ffn.slab for ffn in self._ffns])
         self.end_tokens = self._end_tokens()
         self.load_s = time.perf_counter() - self._began
@@ -400,14 +401,14 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _build(self, pack: OpenPack, tile_bytes: int) -> Decoder:
+    def _build(self, pack: OpenPack, passes: Passes) -> Decoder:
         assert self._pool is not None and self._kernels is not None
         m, (store, *predictors) = self.manifest, pack.stores
         predictor = predictors[0] if predictors else None
         assembly_type, cache_type = self._parts()
         assembly = assembly_type(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
         assembly.slabs, self._slabs = self._slabs, []
-        self._ffns = assembly.layers(self._sizes, tile_bytes, self.counters)
+        self._ffns = assembly.layers(self._sizes, passes, self.counters)
         shape = m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype
         self._caches = [cache_type(*shape) for _ in range(m.layers)]
         rows = self._rows(pack)
@@ -417,7 +418,7 @@ class Engine:
         from flashsparse.models.native_decoder import build
 
         assert isinstance(self._kernels, NativeKernels)
-        return build(m, store, self._kernels, self._ffns, self.counters, rows)
+        return build(m, store, self._kernels, self._ffns, self.counters, passes.chunk, rows)
 
     def _rows(self, pack: OpenPack) -> EmbeddingRows | None:
         """What brings rows of an embedding that stays on flash."""
@@ -451,7 +452,7 @@ class Engine:
 
         m = self.manifest
         # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
-        mx.set_cache_limit(4 * m.prefill_chunk * m.hidden_size * 4)
+        mx.set_cache_limit(4 * self.plan.chunk * m.hidden_size * 4)
         family = importlib.import_module(f"flashsparse.models.{m.family}")
         parts_type = Parts
         if self.kernels == "metal":

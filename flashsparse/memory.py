@@ -16,10 +16,8 @@ from pathlib import Path
 from flashsparse import macos
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError, format_bytes
 
-GROUP_RESERVE, GROUP_SHARE = (
-    16_000_000,
-    256,
-)  # free under a control group's limit: page tables, and what else is charged
+# Free under a control group's limit, for page tables and what else is charged to it.
+GROUP_RESERVE, GROUP_SHARE = 16_000_000, 256
 MIN_CONTEXT = 256
 CONTEXT_STEP = 64
 MIN_DENSITY = 1e-3  # a layer that calibration found silent still gets slots beyond the floor
@@ -158,6 +156,7 @@ class MemoryPlan:
     floor: int  # the smallest budget that works
     records: int
     predictor: int = 0  # the part of `resident` that names neurons
+    chunk: int = 0  # tokens of a prompt that are computed at once; 0: not stated
     on_flash: int = 0  # bytes of the embedding, of which memory holds only rows in use
 
     @property
@@ -177,7 +176,7 @@ class MemoryPlan:
             *([("predictor", self.predictor, "names the active neurons")] if self.predictor else []),
             ("kv cache", self.kv, f"{self.max_kv_size} tokens (--max-kv-size)"),
             ("slots", self.slots_bytes, self._slots_note()),
-            ("scratch", self.scratch, ""),
+            ("scratch", self.scratch, f"prompts in passes of {self.chunk} tokens" if self.chunk else ""),
             ("overhead", self.overhead, ""),
             ("unused", self.unused, ""),
             ("runtime", self.runtime, "before loading, beside the budget"),
@@ -218,6 +217,7 @@ def make_plan(
     floor_slots: int = 64,
     expected_density: float = 0.12,
     predictor: int = 0,
+    chunk: int = 0,
     densities: Sequence[float] | None = None,
     whole: Sequence[int] = (),
     on_flash: int = 0,
@@ -228,6 +228,7 @@ def make_plan(
     what leaves room for one token's set (`expected_density`) in every layer. `floor_slots=0`: the layers are streamed,
     without slots. `predictor`: the part of `resident` that the predictor is. `table_bytes`: what a slot costs beside
     its `slot_bytes`, counted into the plan's overhead. `on_flash`: bytes of the embedding that none of these count.
+    `chunk` is kept in the plan as it is.
 
     With `densities` (the share of each layer's records that a token needs) slots are divided in proportion to them,
     else equally. The layers `whole` need all of their records for each token: they get all slots, before the others get
@@ -265,6 +266,7 @@ def make_plan(
         records=records,
         predictor=predictor,
         on_flash=on_flash,
+        chunk=chunk,
     )
 
 

@@ -87,7 +87,6 @@ class EmbeddingRows:
         self._columns = [_Column(*parts) for parts in zip(stored, sizes, tables, staged, strict=True)]
         self.rows, self.capacity = stored[0].shape[0], capacity
         self._place: OrderedDict[int, int] = OrderedDict()  # of each row in the table; used last comes last
-        self._free = list(range(capacity))
         self.weight = self._weight(pack.manifest)
 
     def _weight(self, manifest: Manifest) -> Weight:
@@ -116,18 +115,18 @@ class EmbeddingRows:
                 self._place.move_to_end(row)
             else:
                 missing.append(row)
-        while len(self._free) < len(missing):
-            self._free.append(self._place.popitem(last=False)[1])
+        while self.capacity - len(self._place) < len(missing):
+            self._place.popitem(last=False)
         for first in range(0, len(missing), STAGED):
             self._bring(missing[first : first + STAGED])
         return np.array([self._place[row] for row in ids.tolist()], np.int32)
 
     def _bring(self, rows: list[int]) -> None:
         """Read `rows`, at most STAGED, into free places; they are known there when all have come."""
-        places = self._free[-len(rows) :]
-        self._read(np.array(rows, np.int64), places)
-        del self._free[-len(rows) :]
-        self._place.update(zip(rows, places, strict=True))
+        used = set(self._place.values())  # asked anew, so that no interrupt loses a place
+        free = [place for place in range(self.capacity) if place not in used][: len(rows)]
+        self._read(np.array(rows, np.int64), free)
+        self._place.update(zip(rows, free, strict=True))
 
     def _read(self, ids: np.ndarray, places: list[int]) -> None:
         asked = [column.requests(self._file, ids) for column in self._columns]

@@ -196,7 +196,7 @@ class Session:
 
     def _feed(self, decoder: Decoder) -> Iterator[np.ndarray]:
         """Feed the tokens that the KV cache does not hold, in chunks."""
-        counters, chunk = self._engine.counters, self._engine.manifest.prefill_chunk
+        counters, chunk = self._engine.counters, self._engine.plan.chunk
         while self.fed < len(self._tokens):
             held = self.fed
             ids = self._tokens[held : held + chunk]

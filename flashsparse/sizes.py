@@ -24,10 +24,12 @@ if TYPE_CHECKING:
     from flashsparse.memory import MemoryPlan
     from flashsparse.pack.manifest import Manifest
 
-MAX_TILE_BYTES = 32 << 20
+MAX_TILE_BYTES = 4 << 20  # larger ones leave the caches between reading and computing, and make a layer begin later
 MIN_TILE_BYTES = 128 << 10
 HIDDEN_WIDTH = 512  # records whose intermediate values are held at once for a full prefill chunk
-ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer, MLX's and ours
+MIN_CHUNK = 64  # tokens of a prompt that are computed at once, at least
+PROMPT_SHARE = 16  # of what the smallest plan leaves over, that larger passes of a prompt may take
+ACTIVATION_COPIES = 12  # arrays [chunk, d] alive at once in one layer of MLX modules, MLX's and ours
 STAGING_SHARE = 64  # of a layer, that one request for several records brings at most
 THREAD_BYTES = 16 << 10  # stack that a thread touches
 KERNEL_BYTES = 200_000  # decoded rows and waiting sums, per compute thread
@@ -42,11 +44,20 @@ SEGMENTS = 16  # of the sums on a GPU (metal_kernels.sparse_ffn)
 
 
 @dataclass(frozen=True)
+class Passes:
+    """How prompts are computed: `chunk` tokens at once, records streamed through two tiles of `tile_bytes`."""
+
+    chunk: int
+    tile_bytes: int
+
+
+@dataclass(frozen=True)
 class Sizes:
     """A pack that will run in `tier`. `files` are its open files: their sectors decide how far apart slots are.
 
-    `unified`: on a GPU, which computes in memory of MLX's beside what the host keeps. `embeddings`: "memory", "flash",
-    or "auto": on flash unless every record has a slot with the embedding in memory, or that would gain nothing.
+    `unified`: on a GPU, which computes in memory of MLX's beside what the host keeps. `native`: whole layers run in
+    native code, which says what it needs. `embeddings`: "memory", "flash", or "auto": on flash unless every record has
+    a slot with the embedding in memory, or that would gain nothing.
     """
 
     manifest: Manifest
@@ -55,12 +66,13 @@ class Sizes:
     threads: int
     io_threads: int
     unified: bool = False
+    native: bool = False
     embeddings: str = "auto"
 
     def plan(
         self, runtime: int, dram: int | None, max_kv_size: int | None, slots: int | None
-    ) -> tuple[MemoryPlan, int]:
-        """The memory plan and the bytes of a tile. `slots`: that many in each layer, instead of what `dram` buys.
+    ) -> tuple[MemoryPlan, Passes]:
+        """The memory plan, and how prompts run in it. `slots`: that many in each layer, instead of what `dram` buys.
 
         Raises BudgetError and UsageError as `memory.make_plan` does.
         """
@@ -70,23 +82,31 @@ class Sizes:
         if self._rows_bytes() >= embedding_bytes(self.manifest):
             return self._plan(*asked, on_flash=False)
         try:
-            plan, tile = self._plan(*asked, on_flash=False)
+            plan, passes = self._plan(*asked, on_flash=False)
         except BudgetError:
             return self._plan(*asked, on_flash=True)
-        return (plan, tile) if plan.holds_everything else self._plan(*asked, on_flash=True)
+        return (plan, passes) if plan.holds_everything else self._plan(*asked, on_flash=True)
 
     def _plan(
         self, runtime: int, dram: int | None, max_kv_size: int | None, slots: int | None, on_flash: bool
-    ) -> tuple[MemoryPlan, int]:
+    ) -> tuple[MemoryPlan, Passes]:
         needs = self._needs(runtime, max_kv_size, slots, on_flash)
-        # Unlimited once, to learn the floor with the smallest tiles and what the whole model needs.
-        least = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(self._smallest_tile()), **needs)
+
+        def plan_of(budget: int, passes: Passes) -> MemoryPlan:
+            scratch = self.scratch_bytes(passes)
+            return memory.make_plan(budget=budget, scratch=scratch, chunk=passes.chunk, **needs)
+
+        # Unlimited once, to learn the floor with the smallest passes and what the whole model needs.
+        least = plan_of(1 << 62, self.smallest_passes())
         budget = least.floor if slots is not None else _budget(dram, least, runtime)
-        tile = self._tile_for(max(0, budget - least.floor))
-        if slots is None and dram is None:  # everything, the tiles as large as they are now included
-            whole = memory.make_plan(budget=1 << 62, scratch=self.scratch_bytes(tile), **needs)
-            budget = _budget(None, whole, runtime)
-        return memory.make_plan(budget=budget, scratch=self.scratch_bytes(tile), **needs), tile
+        passes = self._passes_for(
+            max(0, budget - least.floor) if slots is None else sum(least.slots) * least.slot_bytes
+        )
+        if slots is not None:
+            budget += self.scratch_bytes(passes) - self.scratch_bytes(self.smallest_passes())
+        elif dram is None:  # everything, the passes as large as they are now included
+            budget = _budget(None, plan_of(1 << 62, passes), runtime)
+        return plan_of(budget, passes), passes
 
     def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None, on_flash: bool) -> dict[str, Any]:
         m, left = self.manifest, embedding_bytes(self.manifest) if on_flash else 0
@@ -164,26 +184,44 @@ class Sizes:
     def _layer_bytes(self) -> int:
         return self.manifest.intermediate_size * self.manifest.record.stride + ALIGN
 
-    def _smallest_tile(self) -> int:
-        return min(self._layer_bytes(), max(MIN_TILE_BYTES, 4 * self._slot_bytes()))
+    def smallest_passes(self) -> Passes:
+        """What works in the smallest budget."""
+        tile = min(self._layer_bytes(), max(MIN_TILE_BYTES, 4 * self._slot_bytes()))
+        return Passes(min(MIN_CHUNK, self.manifest.prefill_chunk), tile)
 
-    def _tile_for(self, spare: int) -> int:
-        """Tiles grow with what the floor leaves over; two of them take an eighth of it at most."""
-        return max(self._smallest_tile(), min(MAX_TILE_BYTES, self._layer_bytes(), spare // 16))
+    def _passes_for(self, spare: int) -> Passes:
+        """Passes grow with what the floor leaves over: records in slots serve every token, passes only a prompt's."""
+        least, share = self.smallest_passes(), spare // PROMPT_SHARE
+        tile = max(least.tile_bytes, min(MAX_TILE_BYTES, self._layer_bytes(), share))
+        chunk, most = self.manifest.prefill_chunk, self.scratch_bytes(least) + share
+        while chunk > least.chunk and self.scratch_bytes(Passes(chunk, least.tile_bytes)) > most:
+            chunk = max(least.chunk, chunk // 2)
+        return Passes(chunk, tile)
 
-    def hidden_floats(self) -> int:
-        return max(self.manifest.prefill_chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
+    def hidden_floats(self, passes: Passes) -> int:
+        """Intermediate values of the records that are computed at once."""
+        return max(passes.chunk * HIDDEN_WIDTH, self.manifest.intermediate_size)
 
-    def scratch_bytes(self, tile_bytes: int) -> int:
+    def scratch_bytes(self, passes: Passes) -> int:
         """An upper bound of what one step allocates beside weights, KV cache and slots."""
         m = self.manifest
         width = max(m.hidden_size, m.heads * m.head_dim)
-        floats = self.hidden_floats() + m.prefill_chunk * width * ACTIVATION_COPIES + 12 * m.vocab_size
+        floats = self.hidden_floats(passes) + passes.chunk * self._token_floats() + 12 * m.vocab_size
         kernels = 256 * (width + 512) + KERNEL_BYTES * self.threads  # 64 tokens as the products take them; their sums
-        tiles = 2 * (tile_bytes + 2 * ALIGN)
-        return 4 * floats + m.prefill_chunk * self._choice_bytes() + tiles + kernels + self._unified_bytes(tile_bytes)
+        tiles = 2 * (passes.tile_bytes + 2 * ALIGN)
+        return 4 * floats + passes.chunk * self._choice_bytes() + tiles + kernels + self._unified_bytes(passes)
 
-    def _unified_bytes(self, tile_bytes: int) -> int:
+    def _token_floats(self) -> int:
+        """Activations of one token that are alive at once: of modules by MLX's count, of native layers by their own."""
+        m = self.manifest
+        heads, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
+        if not self.native:
+            return ACTIVATION_COPIES * max(m.hidden_size, heads)
+        return (
+            4 * m.hidden_size + 2 * (heads + kv) + m.head_dim
+        )  # h, x, FFN's output, what ends a model; q, k, v; turns
+
+    def _unified_bytes(self, passes: Passes) -> int:
         """What a step on a GPU takes beyond that, by design; no Mac has measured it.
 
         Lists of both tiles; a chunk's lists, masks and activations of the chosen records, which the host's kernels do
@@ -192,10 +230,10 @@ class Sizes:
         if not self.unified:
             return 0
         m = self.manifest
-        lists = 2 * LIST_BYTES * min(m.intermediate_size, tile_bytes // m.record.bytes + 1)
+        lists = 2 * LIST_BYTES * min(m.intermediate_size, passes.tile_bytes // m.record.bytes + 1)
         lists += LOOKUP_BYTES * m.intermediate_size
-        choice = m.prefill_chunk * (2 * m.intermediate_size + m.intermediate_size // 4) + 8 * m.intermediate_size
-        return lists + choice + 12 * self.hidden_floats() + 2 * 4 * SEGMENTS * m.prefill_chunk * m.hidden_size
+        choice = passes.chunk * (2 * m.intermediate_size + m.intermediate_size // 4) + 8 * m.intermediate_size
+        return lists + choice + 12 * self.hidden_floats(passes) + 2 * 4 * SEGMENTS * passes.chunk * m.hidden_size
 
     def _choice_bytes(self) -> int:
         """Bytes per token of what decides which neurons are computed."""

@@ -44,7 +44,7 @@ def lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("vocabulary", _vocabulary(shapes)),
         ("record", _record(record)),
         ("direct reads", _amplification(record)),
-        ("prefill", f"chunks of {facts['prefill_chunk']} tokens"),
+        ("prefill", f"chunks of at most {facts['prefill_chunk']} tokens"),
     ]
     if facts["order"] is not None:
         result.append(("order", _order(facts["order"])))

@@ -34,7 +34,7 @@ from metal_kernels.value import Copy
 
 if TYPE_CHECKING:
     from flashsparse.choice import Chooser
-    from flashsparse.sizes import Sizes
+    from flashsparse.sizes import Passes, Sizes
     from flashsparse.stats import Counters
 
 
@@ -50,10 +50,11 @@ class MetalAssembly(Assembly):
         assert isinstance(kernels, MetalKernels)
         return kernels
 
-    def _scratch(self, sizes: Sizes, tile_bytes: int) -> Scratch:
-        m, buffers = self.pack.manifest, (self.metal.buffer(tile_bytes), self.metal.buffer(tile_bytes))
+    def _scratch(self, sizes: Sizes, passes: Passes) -> Scratch:
+        m, tile_bytes = self.pack.manifest, passes.tile_bytes
+        buffers = self.metal.buffer(tile_bytes), self.metal.buffer(tile_bytes)
         room = min(m.intermediate_size, tile_bytes // m.record.bytes + 1)
-        size = np.broadcast_to(np.float32(0), (sizes.hidden_floats(),))  # of no memory: only its length is asked for
+        size = np.broadcast_to(np.float32(0), (sizes.hidden_floats(passes),))  # of no memory: its length is asked for
         places = {
             tile.address: Place(self.metal, tile, room, m.intermediate_size, Refills(self.metal.timeline, 1))
             for tile in buffers
@@ -75,8 +76,8 @@ class MetalAssembly(Assembly):
                 ffn.prefetch.refills = refills
         return ffn
 
-    def layers(self, sizes: Sizes, tile_bytes: int, counters: Counters) -> list[StreamedFFN]:
-        made = super().layers(sizes, tile_bytes, counters)
+    def layers(self, sizes: Sizes, passes: Passes, counters: Counters) -> list[StreamedFFN]:
+        made = super().layers(sizes, passes, counters)
         layers = [ffn for ffn in made if isinstance(ffn, MetalFFN)]
         if self.switch.mode == "token" and self._plan(layers):
             return made

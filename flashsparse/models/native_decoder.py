@@ -166,11 +166,15 @@ def build(
     kernels: NativeKernels,
     ffns: list[StreamedFFN],
     counters: Counters,
+    chunk: int,
     rows: EmbeddingRows | None = None,
 ) -> NativeDecoder:
-    """The model of a pack from its resident tensors; `rows`: of an embedding that is not among them."""
+    """The model of a pack from its resident tensors, for `chunk` tokens at once.
+
+    `rows`: of an embedding that is not among them.
+    """
     parts = (_opt if manifest.family == "opt" else _llama)(manifest, store, kernels, rows)
-    return NativeDecoder(parts, kernels, ffns, counters, manifest.prefill_chunk, manifest.hidden_size)
+    return NativeDecoder(parts, kernels, ffns, counters, chunk, manifest.hidden_size)
 
 
 Product = tuple[native.Matrix, np.ndarray | None]

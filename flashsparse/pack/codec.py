@@ -28,6 +28,7 @@ CODECS = ("zstd",)
 LEVEL = 1  # higher ones gain nothing on weights
 LENGTHS = "lengths"  # U32 [I] after a layer's records: stored bytes of each; the record's own size: as it is
 LENGTH_BYTES = 4
+MAGIC = np.frombuffer(b"\x28\xb5\x2f\xfd", np.uint8)  # what a zstd frame begins with
 AT_ONCE = 64  # records that are decompressed together: enough for two threads, little memory
 
 
@@ -103,6 +104,7 @@ class Decoder:
 
     def _decode(self, memory: Bytes, stored: np.ndarray, lengths: np.ndarray, places: np.ndarray, first: int) -> None:
         packed = np.flatnonzero(lengths < self._bytes)
+        self._check_whole(memory, stored, np.flatnonzero(lengths == self._bytes), first)
         for raw in np.flatnonzero((lengths == self._bytes) & (stored != places)):
             memory[places[raw] : places[raw] + self._bytes] = memory[stored[raw] : stored[raw] + self._bytes].copy()
         if not len(packed):
@@ -115,6 +117,19 @@ class Decoder:
             plane |= memory[stored[packed[at]] : stored[packed[at]] + self._half]
         for place, plane in zip(places[packed], values, strict=True):
             memory[place : place + self._bytes] = plane.view(np.uint8)
+
+    def _check_whole(self, memory: Bytes, stored: np.ndarray, whole: np.ndarray, first: int) -> None:
+        """Records whose length says that they are stored as they are, but that are not: read so, they are noise."""
+        begins = stored[whole] + self._half
+        framed = (memory[begins[:, None] + np.arange(len(MAGIC))] == MAGIC).all(axis=1)
+        for at, begin in zip(whole[framed], begins[framed], strict=True):
+            position = first + int(at)
+            try:
+                found = self._alone(memory, np.array([begin, self._bytes - self._half]), position)
+            except Damaged:
+                continue  # a record's own bytes
+            if len(found) == self._half:
+                raise Damaged(position, f"found a length of {self._bytes} bytes, but it is stored compressed")
 
     def _high(self, memory: Bytes, frames: np.ndarray, first: int, packed: np.ndarray) -> list[Bytes]:
         """The high bytes [half] of each frame (offset, length)."""

@@ -14,15 +14,8 @@ from flashsparse.native.compact import Compact
 from flashsparse.native.compact import candidates as native_candidates
 from metal_kernels import select
 from metal_kernels.candidates import MARGIN, CompactCopy, candidates, candidates_reference
-from tests.compact_cases import (
-    activated,
-    at_the_edge,
-    check_sums_that_overflow,
-    check_what_is_not_finite,
-    check_zeros,
-    normal,
-    of_any_magnitude,
-)
+from tests import compact_cases
+from tests.compact_cases import activated, normal
 from tests.metal.test_select import kept_of
 from tests.native.operands import PLAIN, exact, store
 
@@ -97,13 +90,13 @@ def test_names_little_more_than_the_native_search() -> None:
 @PROPERTY
 @given(st.data())
 def test_misses_nothing_of_any_magnitude(data: st.DataObject) -> None:
-    stored, dtype, x, bias = of_any_magnitude(data, [32, 64, 160, 576])
+    stored, dtype, x, bias = compact_cases.of_any_magnitude(data, [32, 64, 160, 576])
     check(stored, dtype, x, np.where(np.isfinite(bias), bias, np.float32(0)))
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
 def test_scores_at_the_edge(dtype: str) -> None:
-    data, tokens = at_the_edge(dtype, rows=64, tokens=2)
+    data, tokens = compact_cases.at_the_edge(dtype, rows=64, tokens=2)
     for x in tokens:
         check(data, dtype, x)
 
@@ -135,12 +128,12 @@ def test_the_rounding_of_the_exact_gate_is_needed() -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_a_candidate(bad: float) -> None:
-    check_what_is_not_finite(search, bad)
+    compact_cases.check_what_is_not_finite(search, bad)
 
 
 def test_zeros_are_out_and_sums_that_overflow_are_in() -> None:
-    check_zeros(search, 96)
-    check_sums_that_overflow(search)
+    compact_cases.check_zeros(search, 96)
+    compact_cases.check_sums_that_overflow(search)
 
 
 def test_weights_that_a_gpu_may_flush_to_zero_are_candidates() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from flashsparse.codec_outlook import sample_codec
 from flashsparse.errors import FlashReadError, PackError, UsageError
 from flashsparse.flash.plan import SEPARATE
 from flashsparse.pack.codec import Damaged, Decoder, compression, encode, read_lengths, whole_records
+from flashsparse.pack.layout import flash_digest
 from flashsparse.pack.manifest import Manifest
 from flashsparse.pack.verify import verify
 from tests.checkpoints import write_checkpoint
@@ -98,6 +101,37 @@ def test_damage_is_named(packs: tuple[Path, Path], tmp_path: Path) -> None:
     assert [d.kind for d in verify(copy)] in (["lengths"], ["records"])
     with pytest.raises(PackError, match=f"record {manifest.intermediate_size - 1}: found a length of 4294967295"):
         logits(copy, slots=512)
+
+
+def test_a_length_that_hides_compression_is_named(packs: tuple[Path, Path], tmp_path: Path) -> None:
+    """As long as a record that is not compressed, in a file whose checksums were made afterwards."""
+    manifest = Manifest.load(packs[1])
+    size, path = manifest.record.bytes, tmp_path / "pack" / "flash-000.safetensors"
+    record = int(np.argmin(read_lengths(manifest.flash_header(0), size)))
+    shutil.copytree(packs[1], tmp_path / "pack")
+    data = bytearray(path.read_bytes())
+    at = len(data) - 4 * (manifest.intermediate_size - record)
+    data[at : at + 4] = size.to_bytes(4, "little")
+    path.write_bytes(data)
+    digest = flash_digest(manifest.record.stride)
+    digest.update(data)
+    files = manifest.files | {path.name: digest.entry()}
+    (tmp_path / "pack" / "pack.json").write_text(replace(manifest, path=tmp_path / "pack", files=files).to_json())
+    damage = verify(tmp_path / "pack")
+    assert [d.kind for d in damage] == ["contents"]
+    assert f"record {record}: cannot be decompressed: found a length of {size} bytes" in str(damage[0])
+    with pytest.raises(FlashReadError, match=f"record {record} cannot be decompressed: found a length"):
+        logits(tmp_path / "pack", slots=512)
+
+
+def test_a_record_that_begins_like_a_frame_is_read(packs: tuple[Path, Path]) -> None:
+    records = np.random.default_rng(0).integers(0, 256, (3, 512), np.uint8)  # nothing to compress
+    records[1, 256:260] = [0x28, 0xB5, 0x2F, 0xFD]
+    stored, lengths = encode(records, 512)
+    assert lengths.tolist() == [512] * 3
+    at = np.arange(3) * 512
+    Decoder(512).decode(stored.reshape(-1), at, lengths.astype(np.int64), at)
+    assert np.array_equal(stored, records)
 
 
 def test_frames_that_lie_are_named() -> None:

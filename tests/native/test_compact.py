@@ -16,15 +16,8 @@ from converter.gate_copy import copy_rows
 from flashsparse import native
 from flashsparse.native.compact import GROUP, Compact, candidates
 from flashsparse.pack.layout import COPY_GROUP
-from tests.compact_cases import (
-    activated,
-    at_the_edge,
-    check_sums_that_overflow,
-    check_what_is_not_finite,
-    check_zeros,
-    normal,
-    of_any_magnitude,
-)
+from tests import compact_cases
+from tests.compact_cases import activated, normal
 from tests.native.operands import PLAIN, exact, store, variants
 
 ACTIVATIONS = [("relu", 0.0), ("relu2", 0.0), ("fatrelu", 0.0), ("fatrelu", 0.25), ("drelu", 0.0)]
@@ -100,32 +93,32 @@ def test_the_smallest_weights_have_a_scale() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_misses_nothing_of_any_magnitude(data: st.DataObject) -> None:
-    stored, dtype, x, bias = of_any_magnitude(data, [1, 17, 64, 130, 576])
+    stored, dtype, x, bias = compact_cases.of_any_magnitude(data, [1, 17, 64, 130, 576])
     check(stored, dtype, x, np.where(np.isfinite(bias), bias, np.float32(0)))
     check(stored, dtype, x)
 
 
 @pytest.mark.parametrize("dtype", PLAIN)
 def test_scores_at_the_edge(dtype: str) -> None:
-    data, tokens = at_the_edge(dtype, rows=200, tokens=4)
+    data, tokens = compact_cases.at_the_edge(dtype, rows=200, tokens=4)
     for x in tokens:
         check(data, dtype, x)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_a_candidate(bad: float) -> None:
-    check_what_is_not_finite(found, bad)
+    compact_cases.check_what_is_not_finite(found, bad)
     x = normal(3, 128, seed=2)
     x[1, 5] = bad
     assert found(np.zeros((40, 128), np.float32), "F32", x, None).tolist() == [[False] * 40, [True] * 40, [False] * 40]
 
 
 def test_zeros_are_out() -> None:
-    check_zeros(found, 70)
+    compact_cases.check_zeros(found, 70)
 
 
 def test_sums_that_overflow_are_candidates() -> None:
-    check_sums_that_overflow(found)
+    compact_cases.check_sums_that_overflow(found)
 
 
 @pytest.mark.parametrize("cols", [64, 200, 1088])

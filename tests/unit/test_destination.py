@@ -42,6 +42,26 @@ def test_a_file_in_the_way(source: Path, tmp_path: Path) -> None:
             convert(source, tmp_path / folder / "pack")
 
 
+@pytest.mark.parametrize("force", [True, False])
+@pytest.mark.parametrize("inside", ["new", "deep/er/new", "flash-000.safetensors", "config.json"])
+def test_inside_another_pack(source: Path, tmp_path: Path, inside: str, force: bool) -> None:
+    pack = convert(source, tmp_path / "pack")
+    (tmp_path / "link").symlink_to(pack)
+    before = {path: path.read_bytes() for path in pack.iterdir()}
+    for folder in (pack, tmp_path / "link"):
+        with pytest.raises(ConvertError, match=r"lies inside the pack .*/pack: name a destination outside"):
+            convert(source, folder / inside, force=force)
+    assert {path: path.read_bytes() for path in pack.iterdir()} == before
+
+
+def test_a_pack_around_another_is_not_replaced(source: Path, tmp_path: Path) -> None:
+    outer, inner = convert(source, tmp_path / "outer"), convert(source, tmp_path / "inner")
+    inner.rename(outer / "inner")
+    with pytest.raises(ConvertError, match="holds another pack, inner"):
+        convert(source, outer, force=True)
+    assert Manifest.load(outer / "inner").layers == 1
+
+
 def test_a_loop_of_links(source: Path, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to(tmp_path / "two")
     (tmp_path / "two").symlink_to(tmp_path / "one")

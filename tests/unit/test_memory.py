@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from flashsparse import errors, memory
 from flashsparse.errors import BudgetError, FlashSparseError, UsageError
 from flashsparse.macos import PAGE_BYTES
 from flashsparse.rows import buffer_bytes, embedding_bytes
-from flashsparse.sizes import Sizes
+from flashsparse.sizes import Passes, Sizes
 from tests.unit.tiny_pack import write_pack
 
 GB = 1_000_000_000
@@ -230,7 +231,7 @@ def test_the_embedding_stays_on_flash_unless_all_else_fits(tmp_path: Path) -> No
 
     def plan(embeddings: str, dram: int | None, slots: int | None = None) -> memory.MemoryPlan:
         files: list[Any] = [SimpleNamespace(sector=512, direct=True)]
-        return Sizes(pack, files, "exact", 1, 1, False, embeddings).plan(0, dram, 64, slots)[0]
+        return Sizes(pack, files, "exact", 1, 1, embeddings=embeddings).plan(0, dram, 64, slots)[0]
 
     kept, flash = plan("memory", 1 << 40), plan("flash", 1 << 40)
     assert (kept.on_flash, flash.on_flash) == (0, left)
@@ -257,6 +258,20 @@ def test_an_embedding_that_every_token_needs_stays_in_memory(tmp_path: Path) -> 
         pack = write_pack(tmp_path / name, **changes)
         plan, _ = Sizes(pack, files, "exact", 1, 1).plan(0, 1 << 24, 64, 1)
         assert plan.on_flash == 0
+
+
+def test_prompts_run_in_smaller_passes_where_memory_is_scarce(tmp_path: Path) -> None:
+    pack = replace(write_pack(tmp_path, hidden_size=4096, intermediate_size=4096), prefill_chunk=256)
+    sizes = Sizes(pack, [SimpleNamespace(sector=512, direct=False)], "exact", 1, 1, native=True)  # type: ignore[list-item]
+    floor = sizes.plan(0, None, 64, 64)[0].floor
+    found = [sizes.plan(0, floor + spare, 64, None) for spare in (0, 64 << 20, 256 << 20, 1 << 30)]
+    assert [passes.chunk for _, passes in found] == [64, 64, 128, 256]
+    assert [passes.tile_bytes for _, passes in found[1:]] == [4 << 20] * 3
+    for (plan, passes), spare in zip(found, (0, 64 << 20, 256 << 20, 1 << 30), strict=True):
+        assert plan.scratch == sizes.scratch_bytes(passes) and plan.unused >= 0 and plan.chunk == passes.chunk
+        least = sizes.scratch_bytes(Passes(64, passes.tile_bytes))
+        assert plan.scratch - least <= spare // 16
+        assert f"passes of {passes.chunk} tokens" in plan.describe()
 
 
 def test_plan_describes_itself() -> None:
