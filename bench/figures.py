@@ -86,7 +86,9 @@ def rungs(axes: Any, result: dict[str, Any]) -> None:
     means = [mean_deviation(one["decode_tps"])[0] for one in done]
     bars = axes.barh(range(len(done)), means, log=True)
     axes.bar_label(bars, [f" {mean:.3g}" for mean in means])
-    axes.set(xlabel="decode, tokens/s", yticks=range(len(done)), yticklabels=names, xlim=(min(means) / 3, 3 * max(means)))
+    axes.set(
+        xlabel="decode, tokens/s", yticks=range(len(done)), yticklabels=names, xlim=(min(means) / 3, 3 * max(means))
+    )
     axes.invert_yaxis()
 
 

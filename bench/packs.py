@@ -20,7 +20,7 @@ from bench.synthetic import load_fixture
 
 KINDS: dict[str, dict[str, Any]] = {
     f"{tier}-{bits}": {"tier": tier, "bits": bits} for tier in ("predict", "exact", "dense") for bits in (16, 4)
-}
+} | {f"compact-{bits}": {"tier": "exact", "gate": "compact", "bits": bits} for bits in (16, 4)}
 CALIBRATED = 512  # tokens at the end of the sequence
 
 
