@@ -1,32 +1,32 @@
 """Engine: a pack loaded under a memory budget.
 
-Owns loading and everything that conversations share: resident weights, slots, the read pool, kernels, counters. The
-conversation itself (tokens, KV cache contents, sampling) is a Session's.
+Owns loading and everything that conversations share: resident weights, slots, the read pool, kernels, counters. How
+its parts are built is building.py's; the conversation itself (tokens, KV cache contents, sampling) is a Session's.
 """
 
 from __future__ import annotations
 
 import gc
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse import macos, memory
+from flashsparse.building import Building, end_tokens, make_kernels
 from flashsparse.drive import drive_rate, start_limit
 from flashsparse.errors import SessionError, UsageError
 from flashsparse.memory import MemoryPlan
 from flashsparse.options import LoadOptions
 from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
+from flashsparse.turns import Turns
 
 if TYPE_CHECKING:
-    from flashsparse.assembly import Assembly
     from flashsparse.ffn import StreamedFFN
     from flashsparse.flash import ReadPool
     from flashsparse.flash.curve import Curve
@@ -36,12 +36,11 @@ if TYPE_CHECKING:
     from flashsparse.models.decoder import Decoder
     from flashsparse.opening import OpenPack
     from flashsparse.pack.manifest import Manifest, Quant
-    from flashsparse.rows import EmbeddingRows
     from flashsparse.session import Session
     from flashsparse.sizes import Passes
     from flashsparse.sparsity.judgement import LayerJudgement
     from flashsparse.touching import Touching
-    from flashsparse.weights import Buffer, ResidentStore
+    from flashsparse.weights import Buffer
 
 
 def load(
@@ -102,9 +101,7 @@ class Engine:
 
         self._began = time.perf_counter()
         self.counters = Counters()
-        self._pid = os.getpid()
-        self._lock = threading.Lock()  # held during a step, never between two
-        self._owner: int | None = None  # the thread that holds it
+        self._turns = Turns()
         self._decoder: Decoder | None = None
         self._ffns: list[StreamedFFN] = []
         self._caches: list[KVCache] = []
@@ -177,7 +174,7 @@ class Engine:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
         from flashsparse.prefetch import Switch
 
-        self._kernels = self._make_kernels(options)
+        self._kernels = make_kernels(self.kernels, self.manifest, options.threads, self.counters)
         for store in pack.stores:
             store.wait()
         begun = self._sizes.begun_bytes() + sum(store.nbytes for store in pack.stores)
@@ -193,7 +190,7 @@ class Engine:
         self._switch = Switch(options.lookahead, self.counters)
         self._decoder = self._build(pack, passes)
         self._touch([ffn.slab for ffn in self._ffns])
-        self.end_tokens = self._end_tokens()
+        self.end_tokens = end_tokens(self.tokenizer, self.manifest)
         self.load_s = time.perf_counter() - self._began
 
     def _touch(self, slabs: list[Buffer | None]) -> None:
@@ -204,15 +201,6 @@ class Engine:
             self._touching.close()
         if self.kernels == "native" and for_this_system():
             self._slabs, self._touching = slabs, Touching([slab.bytes for slab in slabs if slab is not None])
-
-    def _make_kernels(self, options: LoadOptions) -> Any:
-        if self.kernels == "metal":
-            from flashsparse.kernels.metal import MetalKernels
-
-            return MetalKernels(self.manifest, self.counters)
-        from flashsparse.kernels import make_kernels
-
-        return make_kernels(self.kernels, self.manifest, options.threads)
 
     @property
     def context_limit(self) -> int:
@@ -248,12 +236,7 @@ class Engine:
     @contextmanager
     def step(self) -> Iterator[Decoder]:
         """Hold the engine for one step of this thread. Raises SessionError when it is in use, closed or forked."""
-        if os.getpid() != self._pid:
-            raise SessionError("the engine was loaded before a fork, and threads stay behind: load the pack again")
-        if not self._lock.acquire(blocking=False):
-            raise self._in_use()
-        try:
-            self._owner = threading.get_ident()
+        with self._turns.take():
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")
             self._relief.step()
@@ -261,9 +244,6 @@ class Engine:
             yield self._decoder
             self.counters.compute_s += self._computed() - computed
             self._count_reading(reading)
-        finally:
-            self._owner = None
-            self._lock.release()
 
     def _computed(self) -> float:
         """Seconds that this thread has spent in kernels that count them."""
@@ -281,18 +261,9 @@ class Engine:
         self.counters.reading_s += reading_s - before[0]
         self.counters.in_flight_s += in_flight_s - before[1]
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
+    def exclusive(self) -> AbstractContextManager[None]:
         """Hold the engine, after the step that another thread is in. Raises SessionError inside a step of this one."""
-        if self._owner == threading.get_ident():
-            raise self._in_use()
-        with self._lock:
-            yield
-
-    def _in_use(self) -> SessionError:
-        if self._owner == threading.get_ident():
-            return SessionError("the engine is in the middle of a step of this thread; wait for its result")
-        return SessionError("the engine is in use by another thread; one thread at a time may use it")
+        return self._turns.wait()
 
     def _hold(self, on: bool) -> None:
         for ffn in self._ffns:
@@ -403,67 +374,11 @@ class Engine:
 
     def _build(self, pack: OpenPack, passes: Passes) -> Decoder:
         assert self._pool is not None and self._kernels is not None
-        m, (store, *predictors) = self.manifest, pack.stores
-        predictor = predictors[0] if predictors else None
-        assembly_type, cache_type = self._parts()
-        assembly = assembly_type(pack, self.tier, self.plan, self._pool, self._kernels, store, predictor, self._switch)
-        assembly.slabs, self._slabs = self._slabs, []
-        self._ffns = assembly.layers(self._sizes, passes, self.counters)
-        shape = m.kv_heads, m.head_dim, self.plan.max_kv_size, m.source_dtype
-        self._caches = [cache_type(*shape) for _ in range(m.layers)]
-        rows = self._rows(pack)
-        if self.layers == "modules":
-            return self._modules(store, rows)
-        from flashsparse.kernels.cpu import NativeKernels
-        from flashsparse.models.native_decoder import build
-
-        assert isinstance(self._kernels, NativeKernels)
-        return build(m, store, self._kernels, self._ffns, self.counters, passes.chunk, rows)
-
-    def _rows(self, pack: OpenPack) -> EmbeddingRows | None:
-        """What brings rows of an embedding that stays on flash."""
-        from flashsparse.rows import EmbeddingRows
-
-        if self.embeddings == "memory":
-            return None
-        assert self._pool is not None
-        chunk, unified = self.manifest.prefill_chunk, self.kernels == "metal"
-        return EmbeddingRows(pack, self._pool, self.counters, chunk, unified)
-
-    def _parts(self) -> tuple[type[Assembly], type[KVCache]]:
-        """What puts the layers together, and what holds keys and values."""
-        if self.kernels == "metal":
-            from flashsparse.metal.assembly import MetalAssembly
-            from flashsparse.metal.kvcache import MetalKVCache
-
-            return MetalAssembly, MetalKVCache
-        from flashsparse.assembly import Assembly
-        from flashsparse.kvcache import KVCache
-
-        return Assembly, KVCache
-
-    def _modules(self, store: ResidentStore, rows: EmbeddingRows | None) -> Decoder:
-        """mlx-lm's model with our parts in it."""
-        import importlib
-
-        import mlx.core as mx
-
-        from flashsparse.models.modules import Parts
-
-        m = self.manifest
-        # Freed buffers that MLX keeps for reuse count against the budget: allow one layer's activations.
-        mx.set_cache_limit(4 * self.plan.chunk * m.hidden_size * 4)
-        family = importlib.import_module(f"flashsparse.models.{m.family}")
-        parts_type = Parts
-        if self.kernels == "metal":
-            from flashsparse.metal.modules import MetalParts as parts_type
-        parts = parts_type(self._kernels, rows)
-        decoder: Decoder = family.build(m.config, store, parts, self._ffns)
-        return decoder
-
-    def _end_tokens(self) -> set[int]:
-        """Tokens that end a reply: the tokenizer's, or the configuration's without one."""
-        if self.tokenizer is not None:
-            return set(self.tokenizer.eos_token_ids)
-        stated = self.manifest.config.get("eos_token_id")
-        return set(stated) if isinstance(stated, list) else set() if stated is None else {stated}
+        slabs, self._slabs = self._slabs, []
+        building = Building(
+            pack, self._sizes, self.plan, passes, self._pool, self._kernels, self.kernels, self._switch, self.counters,
+            slabs,
+        )  # fmt: skip
+        self._ffns = building.ffns()
+        self._caches = building.caches()
+        return building.decoder(self._ffns, self.layers == "modules")

@@ -132,14 +132,16 @@ def _shape(name: str, m: Manifest, paths: list[Path], dram: str | None, ratio: f
     """By the memory plan's own figures; `paths` are read as the records are, or lie where they would."""
     from flashsparse import memory
     from flashsparse.flash import FlashFile
+    from flashsparse.kernels import resolve
     from flashsparse.pack.manifest import PREDICTOR, RESIDENT
     from flashsparse.rows import embedding_bytes
     from flashsparse.sizes import Sizes
 
-    budget = None if dram is None else memory.budget_bytes(dram)
+    budget, kernels = None if dram is None else memory.budget_bytes(dram), resolve("auto")
     with ExitStack() as stack:
         files = [stack.enter_context(FlashFile(path)) for path in paths]
-        plan, _ = Sizes(m, files, m.tier, os.cpu_count() or 1, IO_THREADS).plan(memory.footprint(), budget, None, None)
+        sizes = Sizes(m, files, m.tier, os.cpu_count() or 1, IO_THREADS, kernels == "metal", kernels == "native")
+        plan, _ = sizes.plan(memory.footprint(), budget, None, None)
     embedding = embedding_bytes(m)  # 0 when the head is tied to it: each token needs it whole
     predictor = m.files[PREDICTOR].bytes if PREDICTOR in m.files else 0
     resident = m.files[RESIDENT].bytes + predictor
