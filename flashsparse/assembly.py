@@ -93,6 +93,7 @@ class Assembly:
         if self.decoder is not None:
             flash.compressed = Compressed(file.path, read_lengths(header, m.record.bytes), self.decoder)
         ffn = self._ffn(index, self.kernels, self.pool, flash, scratch, counters, chooser)
+        ffn.ahead = isinstance(self.kernels, NativeKernels)  # whose products are done when they return
         ffn.predicts = self.tier == "predict" or m.gate == "compact"
         ffn.down_bias = self.store.vector(ffn_names(m.family, index).down + ".bias")
         if slots:

@@ -20,6 +20,7 @@ import numpy as np
 
 from flashsparse.compressed import Compressed
 from flashsparse.flash import TYPICAL, Batch, Costs, FlashFile, Landed, Load, Merging, ReadPool, loads, reads
+from flashsparse.headstart import HeadStart, Part, worth
 from flashsparse.keeping import Keeping, likely_next
 from flashsparse.prefetch import NativePrefetch, Prefetch
 from flashsparse.stats import Counters
@@ -58,6 +59,7 @@ class Scratch:
     hidden: np.ndarray
     out: np.ndarray
     tiles: Tiles
+    head: HeadStart | None = None  # in one of the tiles, for the next layer that streams
 
     def hidden_for(self, tokens: int, width: int) -> np.ndarray:
         return self.hidden[: tokens * width].reshape(tokens, width)
@@ -125,6 +127,7 @@ class StreamedFFN:
     dense: bool = False
     judging: Judging | None = None
     lookahead: Prefetch | NativePrefetch | None = None
+    ahead: bool = False  # whether the next layer's first records may be read before its set is known
     decoded: int = 0  # tokens that were computed one at a time, and how many neurons were predicted for them
     decoded_neurons: int = 0
 
@@ -340,21 +343,30 @@ class StreamedFFN:
     ) -> None:
         """Read the records `ids` in file order through two tiles: one is filled while the other is computed."""
         self.counters.misses += len(ids)
-        most, nbytes = len(self.scratch.hidden) // x.shape[0], self.scratch.tiles.nbytes
-        flash = self.flash
-        plan = loads(flash.file, flash.position(ids), flash.record_bytes, flash.costs, nbytes, most)
-        pending = [self._fill(load, index) for index, load in enumerate(plan[:1])]
+        most, flash = len(self.scratch.hidden) // x.shape[0], self.flash
+        pending, parts = self._use_head(ids, most)
+        rest = ids[parts[0].last if parts else 0 :]
+        turn, plan = 1 - parts[0].tile if parts else 0, self._loads(rest, most)
+        done = len(ids) - len(rest)
+        parts += [
+            Part(done + load.first, done + load.last, (turn + at) % 2, load.offsets, load)
+            for at, load in enumerate(plan)
+        ]
         try:
-            for index, load in enumerate(plan):
-                if index + 1 < len(plan):
-                    pending.append(self._fill(plan[index + 1], (index + 1) % 2))
+            for index, part in enumerate(parts):
+                if not pending:
+                    pending.append(self._fill(part))
+                if index + 1 < len(parts):
+                    pending.append(self._fill(parts[index + 1]))
+                elif self.ahead and worth(plan, len(ids) / flash.records):
+                    self._start_head(len(ids), x.shape[0], 1 - part.tile)
                 while len(self._take(pending[0], len(pending[0]))):
                     pass
-                tile, here = self.scratch.tiles.buffers[index % 2].bytes, ids[load.first : load.last]
-                self.flash.restore(tile, load.offsets, here)
-                self._compute_tile(tile, load.offsets, here, x, y, compute_hidden)
+                tile, here = self.scratch.tiles.buffers[part.tile].bytes, ids[part.first : part.last]
+                flash.restore(tile, part.offsets, here)
+                self._compute_tile(tile, part.offsets, here, x, y, compute_hidden)
                 if kept is not None:
-                    kept.copy(tile, load.offsets, here)
+                    kept.copy(tile, part.offsets, here)
                 pending.pop(0).release()
         finally:
             for batch in pending:
@@ -362,10 +374,38 @@ class StreamedFFN:
             if kept is not None:
                 kept.close()
 
-    def _fill(self, load: Load, index: int) -> Batch:
+    def _loads(self, ids: np.ndarray, most: int) -> list[Load]:
+        flash = self.flash
+        return loads(flash.file, flash.position(ids), flash.record_bytes, flash.costs, self.scratch.tiles.nbytes, most)
+
+    def _fill(self, part: Part) -> Batch:
+        load = part.load
+        assert load is not None
         self._count(load.nbytes, len(load.starts), load.last - load.first)
-        dests = self.scratch.tiles.buffers[index % 2].address + load.places
+        dests = self.scratch.tiles.buffers[part.tile].address + load.places
         return self.pool.submit(self.flash.file, load.starts, load.lengths, load.needs, dests)
+
+    def _use_head(self, ids: np.ndarray, most: int) -> tuple[list[Batch], list[Part]]:
+        """What a head start has begun to read of `ids`, at most `most`, as the first part."""
+        head, self.scratch.head = self.scratch.head, None
+        if head is None:
+            return [], []
+        requests, nbytes, part = head.use(self.layer, ids, most)
+        self._count(nbytes, requests, part.last if part else 0)
+        return ([head.batch], [part]) if part else ([], [])
+
+    def _start_head(self, needed: int, tokens: int, tile: int) -> None:
+        """Start reading the next layer's first records, if it will stream; this one needed so many."""
+        after = self.after
+        if after is None or after.flash.compressed is not None:
+            return
+        if after.table is not None and not after.dense and (tokens == 1 or needed <= after.table.room):
+            return
+        most = min(after.flash.records, len(self.scratch.hidden) // tokens)
+        load = after._loads(np.arange(most, dtype=np.int32), most)[0]
+        dests = self.scratch.tiles.buffers[tile].address + load.places
+        batch = self.pool.submit(after.flash.file, load.starts, load.lengths, load.needs, dests)
+        self.scratch.head = HeadStart(after.layer, tile, load, batch, after.flash.record_bytes)
 
     def _compute_tile(
         self,

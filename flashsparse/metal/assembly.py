@@ -59,7 +59,7 @@ class MetalAssembly(Assembly):
             tile.address: Place(self.metal, tile, room, m.intermediate_size, Refills(self.metal.timeline, 1))
             for tile in buffers
         }
-        return MetalScratch(size, size, Tiles(buffers, tile_bytes), places)
+        return MetalScratch(size, size, Tiles(buffers, tile_bytes), tiles_at=places)
 
     def _ffn(self, *arguments: Any) -> StreamedFFN:
         return MetalFFN(*arguments)
