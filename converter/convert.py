@@ -138,6 +138,8 @@ def staging_directory(dst: str | os.PathLike[str]) -> Path:
 
 def _destination(dst: str | os.PathLike[str]) -> Path:
     text = os.fspath(dst)
+    if not text:
+        raise UsageError("the destination is empty: expected a name for the pack")
     if "\0" in text:
         raise UsageError(f"{text!r}: not a path, since it holds a NUL character")
     text = os.path.abspath(os.path.expanduser(text))

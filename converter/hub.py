@@ -24,11 +24,11 @@ def find_source(src: str | os.PathLike[str]) -> Path:
     Raises UsageError when `src` is neither, SourceUnavailableError when the repository cannot be had.
     """
     path = Path(os.path.expanduser(os.fspath(src)))
-    if os.path.exists(path):  # False, not an error, for a path that no file can have
+    if os.fspath(src) and os.path.exists(path):  # False, not an error, for a path that no file can have
         return path
     if isinstance(src, str) and is_repository_id(src):
         return _download(src)
-    shown = repr(os.fspath(src)) if "\0" in os.fspath(src) else src
+    shown = repr(os.fspath(src)) if "\0" in os.fspath(src) or not os.fspath(src) else src
     raise UsageError(f"{shown}: no such directory, and not a repository id (OWNER/NAME)")
 
 

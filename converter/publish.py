@@ -17,6 +17,7 @@ from converter.disk import remove_tree, swap, sync_directory
 from flashsparse.errors import ConvertError, UsageError, format_bytes
 from flashsparse.pack.manifest import MANIFEST
 
+ATTEMPTS = 1000  # to take a lock that others are just removing
 MAX_NAME_BYTES = 255  # of a file name, on every common filesystem
 
 
@@ -46,9 +47,11 @@ class Staging:
 
     def __enter__(self) -> Staging:
         self.dst.parent.mkdir(parents=True, exist_ok=True)
-        while self._lock < 0:
+        for _ in range(ATTEMPTS):
             self._acquire()
-        return self
+            if self._lock >= 0:
+                return self
+        raise ConvertError(f"{self.path}: cannot be made; name a destination on another file system")
 
     def __exit__(self, *exc: object) -> None:
         if not self.used:

@@ -19,7 +19,7 @@ import click
 from flashsparse.cli.options import memory_options, open_engine, sampling_options, split
 from flashsparse.cli.packs import cache_dir, convert_once
 from flashsparse.cli.report import percent, stats_line, write
-from flashsparse.errors import BudgetError, FlashSparseError
+from flashsparse.errors import BudgetError, FlashSparseError, UsageError
 from flashsparse.memory import format_bytes
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def demo(prompt: str, **values: Any) -> None:
     The model is converted into the cache directory the first time. Prints the memory plan, a story and its figures; in
     a terminal it then stays in chat.
     """
+    if not prompt:
+        raise UsageError("the prompt is empty: give at least one character")
     pack = demo_pack()
     size = sum(file.stat().st_size for file in pack.glob("*.safetensors"))
     given, share = values["dram"], int(BUDGET_SHARE * size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from datetime import datetime
 from pathlib import Path
@@ -65,6 +66,9 @@ def doctor(
 
         check_plot(plot)
     compute_threads(threads)
+    for name, share in (("density", density), ("hit-rate", hit_rate)):
+        if share is not None and math.isnan(share):  # which lies in no range, and outside of none
+            raise UsageError(f"--{name} nan: expected a number from 0 to 1")
     shape = codec = None
     if model is not None and (model / "pack.json").is_file():
         _check_unset("tier", "bits")

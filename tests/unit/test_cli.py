@@ -97,6 +97,9 @@ def test_importing_a_command_imports_nothing_heavy(name: str) -> None:
         ["generate", ".", "-p", "x", "--dram", "lots"],
         ["generate", ".", "-p", "x", "--threads", "100000"],
         ["doctor", "--threads", "100000"],
+        ["doctor", "--density", "nan"],
+        ["doctor", "--hit-rate", "nan"],
+        ["demo", "-p", ""],
     ],
     ids=" ".join,
 )

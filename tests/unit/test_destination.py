@@ -62,6 +62,23 @@ def test_a_pack_around_another_is_not_replaced(source: Path, tmp_path: Path) -> 
     assert Manifest.load(outer / "inner").layers == 1
 
 
+def test_nothing_is_no_name(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(convert(source, tmp_path / "pack"))
+    with pytest.raises(UsageError, match="the destination is empty"):
+        convert(source, "", force=True)
+    with pytest.raises(UsageError, match="'': no such directory"):
+        convert("", tmp_path / "other")
+
+
+def test_a_file_system_without_folders(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:  # as /proc does
+        raise FileNotFoundError
+
+    monkeypatch.setattr("converter.publish.os.open", refuse)
+    with pytest.raises(ConvertError, match="cannot be made; name a destination on another file system"):
+        convert(source, tmp_path / "pack")
+
+
 def test_a_loop_of_links(source: Path, tmp_path: Path) -> None:
     (tmp_path / "one").symlink_to(tmp_path / "two")
     (tmp_path / "two").symlink_to(tmp_path / "one")
