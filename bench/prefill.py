@@ -5,7 +5,7 @@ token counts from the start of the process, imports included. Counters show that
 limits: flash bytes over the drive's sequential rate or the products over the rate of a large matrix product,
 whichever is longer; to the first token, resident weights and the prompt's records over the sequential rate and 2 s.
 Beside them stands what touching as much memory for the first time takes: a virtual machine may have to fetch it from
-its host. The last line is one JSON object.
+its host. With `--recent` that is done before each run. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-kv-size", type=int, default=None, help="[default: the prompt and 64 more]")
     parser.add_argument("--limit", help="memory of the control group that each run is put in  [default: none]")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--recent", action="store_true", help="touch as much memory before each run: its host has it")
     parser.add_argument("--save", action="store_true", help="append to bench/results")
     parser.add_argument("--here", type=float, help=argparse.SUPPRESS)  # the measured process: when it was started
     return parser.parse_args()
@@ -90,7 +92,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
                 "first_token_s": ended - args.here,
                 "chunks": cost.steps,
                 "records_needed": cost.active,
-                "records_read": cost.needed_bytes / record_bytes,
+                # without rows of the embedding, of which padding to sectors is counted too
+                "records_read": (cost.needed_bytes - cost.embedding_bytes) / record_bytes,
+                "resident": engine.plan.resident,
                 "flash_bytes": cost.flash_bytes,
                 "io_wait_s": cost.io_wait_s,
                 "ffn_s": cost.ffn_s,
@@ -102,6 +106,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def run_once(args: argparse.Namespace) -> dict[str, Any]:
     """One measured process on a purged page cache. Raises RunFailed, NoControlGroup."""
     left = purge(sorted(args.pack.iterdir()))
+    if args.recent:
+        hold(parse_size(args.dram or "50%", machine_memory()))
     command = [sys.executable, "-m", "bench.prefill", str(args.pack), "--prompt", str(args.prompt)]
     for name in ("sequence", "dram", "max_kv_size"):
         if getattr(args, name) is not None:
@@ -116,6 +122,16 @@ def run_once(args: argparse.Namespace) -> dict[str, Any]:
     if code:
         raise RunFailed(f"exit {code}" + (" (killed: out of memory)" if code == -9 else ""))
     return {**json.loads(text.strip().splitlines()[-1]), "left_after_purge": left}
+
+
+def hold(nbytes: int) -> None:
+    """Touch and free as much memory, on two processors: the host of a virtual machine leaves it there for seconds."""
+    from flashsparse import native
+    from flashsparse.weights import Buffer
+
+    buffers = [Buffer(-(-nbytes // 16)) for _ in range(16)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda buffer: native.touch(buffer.bytes), buffers))
 
 
 def operations(manifest: Manifest, prompt: int, pairs: float) -> float:
@@ -135,12 +151,7 @@ def summarize(
     reading = first["flash_bytes"] / sequential
     certain = 0.1 * prompt * manifest.layers * manifest.intermediate_size
     computing = operations(manifest, prompt, certain) / products
-    resident = sum(
-        manifest.files[p.name].bytes
-        for p in (manifest.resident_path, manifest.predictor_path)
-        if p.name in manifest.files
-    )
-    start = START_S + (resident + first["records_needed"] * manifest.record.bytes) / sequential
+    start = START_S + (first["resident"] + first["records_needed"] * manifest.record.bytes) / sequential
     seconds = [r["prefill_s"] for r in runs]
     return {
         "prompt": prompt,
@@ -182,7 +193,7 @@ def check(runs: list[dict[str, Any]]) -> list[str]:
 
 
 def keep(args: argparse.Namespace, report: dict[str, Any]) -> None:
-    conditions = {"prompt": args.prompt, "limit": args.limit, "dram": args.dram}
+    conditions = {"prompt": args.prompt, "limit": args.limit, "dram": args.dram, "recent": args.recent}
     metrics = {name: report[name] for name in ("prefill_tps", "first_token_s", "load_s")}
     metrics["share_of_limit"] = [report["share_of_limit"]]
     record("prefill", args.pack.name, conditions, metrics, report["others_cpu"])
