@@ -13,7 +13,7 @@ from typing import Any
 from flashsparse.errors import UnsupportedModelError, UsageError
 from flashsparse.models.fields import Fields
 from flashsparse.models.rope import normalize_rope
-from flashsparse.pack.config import LAYER_TYPES, MAX_POSITIONS, SOURCE_MODEL_TYPES
+from flashsparse.pack.config import LAYER_TYPES, MAX_LAYERS, MAX_POSITIONS, SOURCE_MODEL_TYPES
 from flashsparse.pack.manifest import ACTIVATIONS, Activation
 
 SUPPORTED = tuple(sorted(name for names in SOURCE_MODEL_TYPES.values() for name in names))
@@ -221,7 +221,7 @@ def _llama(fields: Fields, model_type: str, override: Activation | None) -> Norm
     defaults = _DEFAULTS[base]
     hidden = fields.integer("hidden_size", 4096)
     intermediate = fields.integer("intermediate_size", defaults["intermediate_size"])
-    layers = fields.integer("num_hidden_layers", 32)
+    layers = fields.integer("num_hidden_layers", 32, most=MAX_LAYERS)
     vocab = fields.integer("vocab_size", defaults["vocab_size"])
     heads, kv_heads, head_dim = _attention(fields, defaults, hidden)
     positions = fields.integer("max_position_embeddings", defaults["max_position_embeddings"], most=MAX_POSITIONS)
@@ -260,7 +260,7 @@ def _llama(fields: Fields, model_type: str, override: Activation | None) -> Norm
 def _opt(fields: Fields, model_type: str, override: Activation | None) -> NormalizedModel:
     hidden = fields.integer("hidden_size", 768)
     intermediate = fields.integer("ffn_dim", 3072)
-    layers = fields.integer("num_hidden_layers", 12)
+    layers = fields.integer("num_hidden_layers", 12, most=MAX_LAYERS)
     vocab = fields.integer("vocab_size", 50272)
     heads = fields.integer("num_attention_heads", 12)
     if hidden % heads:

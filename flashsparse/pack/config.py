@@ -17,6 +17,7 @@ SOURCE_MODEL_TYPES = {"llama": ("bamboo", "llama", "minicpm", "mistral", "qwen2"
 LAYER_TYPES = ("full_attention", "sliding_attention")
 SCALES = ("embedding_multiplier", "residual_multiplier", "logits_divisor")  # of the minicpm models, and no others
 MAX_POSITIONS = 2**31
+MAX_LAYERS = 10_000  # tensors and files are listed layer by layer before any size is checked
 
 
 def check_config(node: Node, manifest: Manifest) -> dict[str, Any]:

@@ -255,6 +255,11 @@ class TestWindows:
         assert config(layer_types=[FULL] * 4, sliding_window=None)["layer_types"] == [FULL] * 4
 
 
+def test_more_layers_than_can_be_listed() -> None:
+    refused("num_hidden_layers", "expected 1 to 10000", error=CheckpointError, num_hidden_layers=10**9)
+    refused("num_hidden_layers", error=CheckpointError, model_type="opt", num_hidden_layers=10**9)
+
+
 class TestActivations:
     @pytest.mark.parametrize(
         ("name", "expected"),
