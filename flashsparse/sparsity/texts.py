@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,7 @@ def read_texts(paths: Sequence[PathLike], characters: int | None = None) -> str:
     Raises UsageError for a file that cannot be read or is not UTF-8, and when there is no text at all.
     """
     parts: list[str] = []
-    left = characters
+    left = None if characters is None else min(characters, sys.maxsize)  # what a file can be asked for
     for path in paths:
         try:
             with open_text(path) as file:

@@ -47,7 +47,12 @@ def test_every_calibration_text_is_refused(tmp_path: Path) -> None:
 def test_reading(tmp_path: Path) -> None:
     paths = files(tmp_path, "größe\r\n", "two")
     assert read_texts(paths) == "größe\r\ntwo"
-    assert [read_texts(paths, n) for n in (1, 7, 8, 99)] == ["g", "größe\r\n", "größe\r\nt", "größe\r\ntwo"]
+    assert [read_texts(paths, n) for n in (1, 7, 8, 99, 10**30)] == [
+        "g",
+        "größe\r\n",
+        "größe\r\nt",
+        *["größe\r\ntwo"] * 2,
+    ]
 
 
 def test_texts_that_cannot_be_read(tmp_path: Path) -> None:
