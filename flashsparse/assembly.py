@@ -18,10 +18,11 @@ from flashsparse.cache import SlotTable
 from flashsparse.choice import Chooser, Exact, Predicted, PredictedGate, Searched, Whole
 from flashsparse.compact import CompactGate
 from flashsparse.compressed import Compressed
-from flashsparse.ffn import Flash, Scratch, StreamedFFN, Tiles
+from flashsparse.ffn import StreamedFFN
 from flashsparse.flash import TYPICAL, Costs, Merging
 from flashsparse.flash.curve import load_curve
 from flashsparse.kernels.cpu import NativeKernels
+from flashsparse.layer_files import Flash, Scratch, Tiles
 from flashsparse.models.tensors import ffn_names, ffn_norm_name, scoring_name
 from flashsparse.native.layers import Norm as NativeNorm
 from flashsparse.pack.codec import Decoder, read_lengths

@@ -22,8 +22,8 @@ from flashsparse.flash import Batch, reads
 
 if TYPE_CHECKING:
     from flashsparse.cache import Reservation, SlotTable
-    from flashsparse.ffn import Flash
     from flashsparse.flash import ReadPool, Reads
+    from flashsparse.layer_files import Flash
     from flashsparse.native.rounds import Hint, LayerRounds
     from flashsparse.stats import Counters
     from flashsparse.weights import Buffer

@@ -10,8 +10,9 @@ import numpy as np
 
 from flashsparse.assembly import Assembly
 from flashsparse.compact import CompactGate
-from flashsparse.ffn import Scratch, StreamedFFN, Tiles
+from flashsparse.ffn import StreamedFFN
 from flashsparse.kernels.metal import MetalKernels, vector
+from flashsparse.layer_files import Scratch, Tiles
 from flashsparse.metal.choice import (
     Everything,
     Gate,

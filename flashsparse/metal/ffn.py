@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from flashsparse.ffn import Scratch, StreamedFFN
+from flashsparse.ffn import StreamedFFN
+from flashsparse.layer_files import Scratch
 from flashsparse.metal.places import Place, Sum
 from flashsparse.metal.prefetch import MetalPrefetch
 from metal_kernels import select, sparse_ffn
