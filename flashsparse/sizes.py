@@ -5,7 +5,7 @@ Upper bounds from the manifest and the options alone, decided before anything is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from flashsparse import memory
@@ -85,7 +85,10 @@ class Sizes:
             plan, passes = self._plan(*asked, on_flash=False)
         except BudgetError:
             return self._plan(*asked, on_flash=True)
-        return (plan, passes) if plan.holds_everything else self._plan(*asked, on_flash=True)
+        if slots is not None and plan.holds_everything:
+            return plan, passes
+        other = self._plan(*asked, on_flash=True)
+        return (replace(plan, floor=other[0].floor), passes) if plan.holds_everything else other
 
     def _plan(
         self, runtime: int, dram: int | None, max_kv_size: int | None, slots: int | None, on_flash: bool
@@ -106,7 +109,8 @@ class Sizes:
             budget += self.scratch_bytes(passes) - self.scratch_bytes(self.smallest_passes())
         elif dram is None:  # everything, the passes as large as they are now included
             budget = _budget(None, plan_of(1 << 62, passes), runtime)
-        return plan_of(budget, passes), passes
+        plan = plan_of(budget, passes)
+        return (plan if slots is not None else replace(plan, floor=least.floor)), passes
 
     def _needs(self, runtime: int, max_kv_size: int | None, slots: int | None, on_flash: bool) -> dict[str, Any]:
         m, left = self.manifest, embedding_bytes(self.manifest) if on_flash else 0

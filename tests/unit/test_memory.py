@@ -274,6 +274,19 @@ def test_prompts_run_in_smaller_passes_where_memory_is_scarce(tmp_path: Path) ->
         assert f"passes of {passes.chunk} tokens" in plan.describe()
 
 
+def test_the_smallest_budget_is_the_same_whatever_is_given(tmp_path: Path) -> None:
+    """That of the smallest passes, and of an embedding on flash where it may be there."""
+    pack = replace(write_pack(tmp_path, vocab_size=20_000, intermediate_size=4096), prefill_chunk=256)
+    sizes = Sizes(pack, [SimpleNamespace(sector=512, direct=True)], "exact", 1, 1, native=True)  # type: ignore[list-item]
+    for embeddings in ("auto", "memory", "flash"):
+        kind = replace(sizes, embeddings=embeddings)
+        with pytest.raises(BudgetError) as caught:
+            kind.plan(0, 1, 64, None)
+        smallest = caught.value.smallest
+        for dram in (smallest, smallest + (1 << 22), 1 << 40):
+            assert kind.plan(0, dram, 64, None)[0].floor == smallest
+
+
 def test_plan_describes_itself() -> None:
     plan = memory.make_plan(budget=9 * GB, **SHAPE)
     lines = plan.describe().splitlines()
