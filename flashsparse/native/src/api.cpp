@@ -147,7 +147,9 @@ uint64_t fs_memory_read(fs_workers* workers, const void* buffer, int64_t bytes) 
 
 void fs_touch(void* buffer, int64_t bytes) {
     auto* at = (uint8_t*)buffer;
-    for (int64_t i = 0; i < bytes; i += kPageBytes) __atomic_fetch_or(at + i, uint8_t(0), __ATOMIC_RELAXED);
+    const volatile uint8_t zero = 0;
+    const uint8_t nothing = zero;  // that it is nothing is not to be known: some compilers leave out what writes a constant 0
+    for (int64_t i = 0; i < bytes; i += kPageBytes) __atomic_fetch_or(at + i, nothing, __ATOMIC_RELAXED);
 }
 
 void fs_linear(fs_workers* workers, const fs_matrix* w, const float* bias, const float* x, int64_t n_tokens, float* y) {
