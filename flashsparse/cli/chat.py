@@ -104,12 +104,12 @@ class Chat:
     def answer(self, text: str) -> None:
         """Stream one reply. The first Ctrl-C ends it after the current token, a second one at once."""
         ids_only = self.conversation.engine.tokenizer is None
-        pieces = self.conversation.reply(text, self.sampling)
+        pieces, reason = self.conversation.reply(text, self.sampling), None
         with contextlib.closing(pieces), interrupt_flag() as interrupted:  # type: ignore[type-var]
             try:
                 for piece in pieces:
                     write(f"{piece.token} " if ids_only else piece.text)
-                    self.last_stats = piece.stats.to_dict()
+                    self.last_stats, reason = piece.stats.to_dict(), piece.finish_reason
                     if interrupted:
                         break
             except KeyboardInterrupt:
@@ -118,7 +118,7 @@ class Chat:
                 write("\n")
         if interrupted:
             click.echo("(stopped)", err=True)
-        elif self.conversation.session.full:
+        elif reason == "length" and self.conversation.session.full:
             click.echo(full_note(self.conversation.session), err=True)
         if self.always_stats and self.last_stats:
             click.echo(stats_line(self.last_stats), err=True)

@@ -69,7 +69,7 @@ def run(engine: Engine, prompt: str | list[int], sampling: Sampling) -> dict[str
         finally:
             if tokens:
                 write("\n")
-        if session.full:
+        if session.full and last is not None and last.finish_reason == "length":
             click.echo(full_note(session), err=True)
     figures = last.stats.to_dict() if last is not None else {}
     reason = last.finish_reason if last is not None else None
