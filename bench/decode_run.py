@@ -114,7 +114,7 @@ class Decode:
     def run(self) -> Decode:
         with self.engine.session() as session:
             began, before = time.perf_counter(), self.engine.counters.copy()
-            self.digest.update(session.logits(self.tokens[: self.prompt])[-1].tobytes())
+            self.digest.update(session.logits(self.tokens[: self.prompt], last=True)[-1].tobytes())
             self.prefill_s, self.prefill = time.perf_counter() - began, self.engine.counters - before
             if self.rung is not None and self.rung.start is not None:
                 self.rung.start(self.engine, self.recorded)

@@ -73,11 +73,12 @@ class Session:
             return "that is the model's whole context: begin a new conversation (in chat: /clear)"
         return "start again with a larger --max-kv-size (and --dram if it does not fit)"
 
-    def logits(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Feed the tokens and return the float32 logits after each, [T, V].
+    def logits(self, token_ids: Sequence[int], *, last: bool = False) -> np.ndarray:
+        """Feed the tokens and return the float32 logits after each, [T, V]; with `last` after the last alone, [1, V].
 
-        Many tokens are prefilled in chunks, one is decoded. Raises UsageError for ids outside the vocabulary or none,
-        ContextLengthError when they do not fit the KV cache (the session is then unchanged).
+        Those of many tokens take much memory beside the budget. Many tokens are prefilled in chunks, one is decoded. Raises
+        UsageError for ids outside the vocabulary or none, ContextLengthError when they do not fit the KV cache (the session
+        is then unchanged).
         """
         self._check_open()
         ids = self._checked(token_ids)
@@ -87,7 +88,11 @@ class Session:
             waiting = len(self._tokens) - self.fed
             self._append(ids)
             self._epoch += 1
-            rows = [decoder.logits(hidden) for hidden in self._feed(decoder)]
+            if last:
+                *_, hidden = (chunk[-1:] for chunk in self._feed(decoder))
+                rows, waiting = [decoder.logits(hidden)], 0
+            else:
+                rows = [decoder.logits(hidden) for hidden in self._feed(decoder)]
             self._engine.counters.seconds += time.perf_counter() - began
         return np.concatenate(rows)[waiting:]
 
