@@ -76,9 +76,9 @@ class Session:
     def logits(self, token_ids: Sequence[int], *, last: bool = False) -> np.ndarray:
         """Feed the tokens and return the float32 logits after each, [T, V]; with `last` after the last alone, [1, V].
 
-        Those of many tokens take much memory beside the budget. Many tokens are prefilled in chunks, one is decoded. Raises
-        UsageError for ids outside the vocabulary or none, ContextLengthError when they do not fit the KV cache (the session
-        is then unchanged).
+        Those of many tokens take much memory beside the budget. Many tokens are prefilled in chunks, one is decoded.
+        Raises UsageError for ids outside the vocabulary or none, ContextLengthError when they do not fit the KV cache
+        (the session is then unchanged).
         """
         self._check_open()
         ids = self._checked(token_ids)

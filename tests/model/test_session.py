@@ -447,3 +447,17 @@ def test_an_unexpected_error_is_one_line_too(
     output = capsys.readouterr()
     assert output.err == "flashsparse: ZeroDivisionError: in two lines\n"
     assert len(output.out.split()) == 2
+
+
+def test_logits_after_the_last_token_alone(pack: Path) -> None:
+    ids = list(range(1, 90))
+    with flashsparse.load(pack, slots=64) as engine:
+        with engine.session() as session:
+            every = session.logits(ids)
+        with engine.session() as session:
+            assert np.array_equal(session.logits(ids, last=True), every[-1:])
+            token = next(iter(session.generate([5], max_tokens=1, temp=0))).token  # which waits to be fed
+            row = session.logits([7, 9], last=True)
+            assert session.tokens == [*ids, 5, token, 7, 9]
+        with engine.session() as session:
+            assert np.array_equal(session.logits([*ids, 5, token, 7, 9])[-1:], row)
