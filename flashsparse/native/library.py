@@ -220,7 +220,7 @@ def lib() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set the kernels use: "avx2" or "portable"."""
+    """The instruction set the kernels use: "avx512", "avx2" or "portable"."""
     return lib().fs_isa().decode()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,9 +18,14 @@ MLX_TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 
 
 def variants() -> list[str]:
-    """The kernel variants of this machine."""
-    best = native.isa()
-    return [best, "portable"] if best != "portable" else [best]
+    """The kernel variants that this machine and build can run, the best first."""
+    best, found = native.isa(), []
+    for name in ("avx512", "avx2", "portable"):
+        with contextlib.suppress(ValueError):
+            native.set_isa(name)
+            found.append(name)
+    native.set_isa(best)
+    return found
 
 
 def raw(array: mx.array) -> np.ndarray:

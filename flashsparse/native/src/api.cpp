@@ -16,12 +16,33 @@ namespace {
 
 using namespace fs;
 
-const Kernels* best() {
+bool runs(const Kernels* kernels) {
 #if defined(FS_HAVE_AVX2)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-        return &avx2_kernels;
+    bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (kernels == &avx2_kernels) return avx2;
+#if defined(FS_HAVE_AVX512)
+    if (kernels == &avx512_kernels)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
 #endif
+#endif
+    return kernels == &portable_kernels;
+}
+
+// The best first.
+constexpr const Kernels* kVariants[] = {
+#if defined(FS_HAVE_AVX512)
+    &avx512_kernels,
+#endif
+#if defined(FS_HAVE_AVX2)
+    &avx2_kernels,
+#endif
+    &portable_kernels};
+
+const Kernels* best() {
+    for (const Kernels* kernels : kVariants)
+        if (runs(kernels)) return kernels;
     return &portable_kernels;
 }
 
@@ -119,8 +140,8 @@ int32_t fs_abi_version(void) { return FS_ABI_VERSION; }
 const char* fs_isa(void) { return chosen().load()->name; }
 
 int32_t fs_set_isa(const char* name) {
-    for (const Kernels* kernels : {best(), &portable_kernels}) {
-        if (strcmp(name, kernels->name) != 0) continue;
+    for (const Kernels* kernels : kVariants) {
+        if (strcmp(name, kernels->name) != 0 || !runs(kernels)) continue;
         chosen() = kernels;
         return 0;
     }

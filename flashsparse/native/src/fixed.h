@@ -83,7 +83,84 @@ void fix_token(const float* x, int64_t columns, int8_t* digits, float* steps, fl
 template <int bits, int group>
 struct Numbers;
 
-#if defined(FS_AVX2)
+#if defined(FS_AVX512)
+
+// 32 bytes of words as one vector: as they are in its lower half, shifted right by `shift` in its upper half.
+ALWAYS_INLINE __m512i both_planes(const uint8_t* words, int shift) {
+    __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i*)words));
+    return _mm512_srlv_epi64(twice, _mm512_setr_epi64(0, 0, 0, 0, shift, shift, shift, shift));
+}
+
+ALWAYS_INLINE __m512i load_digits(const int8_t* x) { return _mm512_loadu_si512(x); }
+
+// The lanes of AVX2's sums: each half of a vector has products of one plane.
+ALWAYS_INLINE __m256i join_planes(__m512i v) {
+    return _mm256_add_epi32(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+}
+
+template <int group>
+struct Numbers<4, group> {
+    __m512i a, b;  // groups of 128 fill both
+
+    ALWAYS_INLINE explicit Numbers(const uint8_t* words) {
+        const __m512i mask = _mm512_set1_epi8(15);
+        a = _mm512_and_si512(both_planes(words, 4), mask);
+        if constexpr (group == 128) b = _mm512_and_si512(both_planes(words + 32, 4), mask);
+    }
+
+    ALWAYS_INLINE __m512i add_digit(__m512i total, const int8_t* x) const {
+        total = _mm512_dpbusd_epi32(total, a, load_digits(x));
+        if constexpr (group == 128) total = _mm512_dpbusd_epi32(total, b, load_digits(x + 64));
+        return total;
+    }
+
+    ALWAYS_INLINE V times(const int8_t* x) const {
+        __m512i total = add_digit(_mm512_setzero_si512(), x);
+        total = add_digit(_mm512_slli_epi32(total, 8), x + group);
+        return _mm256_cvtepi32_ps(join_planes(add_digit(_mm512_slli_epi32(total, 8), x + 2 * group)));
+    }
+};
+
+template <>
+struct Numbers<4, 32> {
+    __m256i a;
+
+    ALWAYS_INLINE explicit Numbers(const uint8_t* words) {
+        __m128i w = _mm_loadu_si128((const __m128i*)words);
+        a = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(w, 4), w), _mm256_set1_epi8(15));
+    }
+
+    ALWAYS_INLINE __m256i add_digit(__m256i total, const int8_t* x) const {
+        return _mm256_dpbusd_epi32(total, a, _mm256_loadu_si256((const __m256i*)x));
+    }
+
+    ALWAYS_INLINE V times(const int8_t* x) const {
+        __m256i total = add_digit(_mm256_setzero_si256(), x);
+        total = add_digit(_mm256_slli_epi32(total, 8), x + 32);
+        return _mm256_cvtepi32_ps(add_digit(_mm256_slli_epi32(total, 8), x + 64));
+    }
+};
+
+template <int group>
+struct Numbers<8, group> {
+    static constexpr int vectors = group / 32;
+    __m512i planes[vectors];
+
+    ALWAYS_INLINE explicit Numbers(const uint8_t* words) {
+        for (int i = 0; i < vectors; i++)
+            planes[i] = _mm512_and_si512(both_planes(words + 32 * i, 8), _mm512_set1_epi16(255));
+    }
+
+    ALWAYS_INLINE V digit(const int8_t* x) const {
+        __m512i total = _mm512_setzero_si512();
+        for (int i = 0; i < vectors; i++) total = _mm512_dpwssd_epi32(total, planes[i], load_digits(x + 64 * i));
+        return _mm256_cvtepi32_ps(join_planes(total));
+    }
+
+    ALWAYS_INLINE V times(const int8_t* x) const { return madd(digit(x), all(4096.0f), digit(x + 2 * group)); }
+};
+
+#elif defined(FS_AVX2)
 
 ALWAYS_INLINE __m256i load_words(const void* p) { return _mm256_loadu_si256((const __m256i*)p); }
 

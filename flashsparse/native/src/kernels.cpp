@@ -62,7 +62,10 @@ void encode(const float* values, int64_t n, int32_t dtype, void* out) {
 
 }  // namespace
 
-#if defined(FS_AVX2)
+#if defined(FS_AVX512)
+const fs::Kernels fs::avx512_kernels = {
+    "avx512", linear, hidden, down, attention, score, score_input, fixed_bytes, fix, read, decode, encode};
+#elif defined(FS_AVX2)
 const fs::Kernels fs::avx2_kernels = {
     "avx2", linear, hidden, down, attention, score, score_input, fixed_bytes, fix, read, decode, encode};
 #else

@@ -117,5 +117,8 @@ extern const Kernels portable_kernels;
 #if defined(FS_HAVE_AVX2)
 extern const Kernels avx2_kernels;
 #endif
+#if defined(FS_HAVE_AVX512)
+extern const Kernels avx512_kernels;  // gives the bits of avx2_kernels
+#endif
 
 }  // namespace fs

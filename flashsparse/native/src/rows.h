@@ -138,7 +138,7 @@ inline void dots(const Row* source, const float* const* x, int64_t n, float* out
     int64_t k = 0, whole = n / 8 * 8;
     for (; k + line <= n; k += line) {
         if (ahead)
-            for (int r = 0; r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(k));
+            for (int r = 0; r < R; r++) prefetch(ahead[r] + Row::bytes(k));
         for (int i = 0; i < line; i += 8) add_eight(k + i);
     }
     for (; k < whole; k += 8) add_eight(k);
@@ -174,7 +174,7 @@ inline void weighted(const Row* source, const float* weights, int64_t n, int64_t
         for (int r = 0; r < R; r++) rows[r].group(g);
         int64_t end = i + step < whole ? i + step : whole;
         for (int64_t first = i; first < end; first += line) {
-            for (int r = 0; ahead && r < R; r++) __builtin_prefetch(ahead[r] + Row::bytes(first));
+            for (int r = 0; ahead && r < R; r++) prefetch(ahead[r] + Row::bytes(first));
             int64_t last = first + line < end ? first + line : end;
             for (int64_t k = first; k < last; k += 8) {
                 V total = load(y + k);

@@ -198,7 +198,7 @@ inline V first_lanes(V v, int count) {
 
 template <int bytes>
 ALWAYS_INLINE void prefetch_stretch(const uint8_t* p) {
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+    for (int i = 0; i < bytes; i += 64) prefetch(p + i);
 }
 
 }  // namespace
