@@ -10,6 +10,7 @@ namespace {
 using namespace fs;
 
 constexpr int kTileTokens = 4;
+constexpr int kTileRows = 2;
 
 inline void put(const Linear& job, int64_t row, int64_t token, float value) {
     job.y[token * job.w->rows + row] = job.bias ? value + job.bias[row] : value;
@@ -131,16 +132,23 @@ void fixed_one_token(const Linear& job, int64_t row) {
     for (int r = 0; r < R; r++) put(job, row + r, 0, out[r]);
 }
 
+// R rows side by side read the tokens' digits once, which no L1 cache holds.
+template <int bits, int group, int R, int C>
+void fixed_tile(const Linear& job, int64_t row, int64_t token, const FixedToken* x) {
+    Quantized rows[R];
+    float out[R * C];
+    for (int r = 0; r < R; r++) rows[r] = quantized_row(job, row + r);
+    fixed_dots<bits, group, R, C>(rows, job.format, x, out);
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) put(job, row + r, token + c, out[r * C + c]);
+}
+
 template <int bits, int group, int C>
 void fixed_tokens(const Linear& job, int64_t row, int64_t end, int64_t token) {
     FixedToken x[C];
     for (int c = 0; c < C; c++) x[c] = fixed_token<bits, group>(job.fixed, token + c);
-    for (; row < end; row++) {
-        Quantized weights = quantized_row(job, row);
-        float out[C];
-        fixed_dots<bits, group, 1, C>(&weights, job.format, x, out);
-        for (int c = 0; c < C; c++) put(job, row, token + c, out[c]);
-    }
+    for (; row + kTileRows <= end; row += kTileRows) fixed_tile<bits, group, kTileRows, C>(job, row, token, x);
+    for (; row < end; row++) fixed_tile<bits, group, 1, C>(job, row, token, x);
 }
 
 template <int bits, int group>
