@@ -23,6 +23,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashsparse import native
 from flashsparse.selftest.machine import versions
 
 RESULTS = Path(__file__).with_name("results")
@@ -34,9 +35,10 @@ PACKAGES = ("flashsparse", "mlx", "mlx-lm", "numpy", "llama-cpp-python", "transf
 
 
 def machine() -> dict[str, Any]:
-    """Processor, cores, memory (bytes), system and Python of this machine."""
+    """Processor, the kernels' instruction set, cores, memory (bytes), system and Python of this machine."""
     return {
         "processor": _processor(),
+        "isa": native.isa(),
         "cores": os.cpu_count(),
         "memory": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -45,9 +47,9 @@ def machine() -> dict[str, Any]:
 
 
 def machine_name() -> str:
-    """A short name for files: processor, cores and memory."""
-    found = machine()
-    text = f"{found['processor']}-{found['cores']}core-{round(found['memory'] / 1e9)}gb"
+    """A short name for files: processor, instruction set, cores and memory."""
+    found = machine()  # virtual machines call processors of several generations by one name
+    text = f"{found['processor']}-{found['isa']}-{found['cores']}core-{round(found['memory'] / 1e9)}gb"
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
