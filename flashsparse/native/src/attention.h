@@ -47,14 +47,14 @@ inline void decode_keys(const Attention& job, const uint8_t* from, int64_t kv_he
 }
 
 // One query: its keys and values are used as they are stored, in order. `ahead`: keys or values this much later.
-constexpr int kAlone = 8;
+constexpr int kAlone = 8, kFurther = 2 * kAlone;
 
 template <class Row>
 inline void stored_rows(const Attention& job, const uint8_t* from, int64_t kv_head, int64_t first, Row* rows, const uint8_t** ahead) {
     const uint8_t* p = from + (kv_head * job.capacity + first) * job.format.data_bytes;
     for (int k = 0; k < kAlone; k++) {
         rows[k] = field<Row>(job.format, p + k * job.format.data_bytes);
-        ahead[k] = p + (k + 2 * kAlone) * job.format.data_bytes;
+        ahead[k] = p + (k + kFurther) * job.format.data_bytes;
     }
 }
 
@@ -91,6 +91,36 @@ void sum_alone(const Attention& job, const Queries& all_of) {
     }
 }
 
+// One token: all of its queries see the same keys, which are used as they are stored, two at a time.
+constexpr int kShared = 2;
+
+template <int C, class Row>
+inline void score_two(const Attention& job, const Queries& all_of, const Row* keys, const uint8_t* const* ahead, int i,
+                      int64_t at) {
+    float out[kShared * C];
+    dots<kShared, C>(keys, all_of.q + i, job.format.columns, out, ahead);
+    for (int k = 0; k < kShared; k++)
+        for (int c = 0; c < C; c++) all_of.scores[i + c][at + k] = out[k * C + c] * job.scale;
+}
+
+template <class Row>
+void score_shared(const Attention& job, const Queries& all_of) {
+    int64_t n = job.format.columns, size = job.format.data_bytes, low = all_of.low[0], count = all_of.high[0] - low + 1, k = 0;
+    const uint8_t* p = job.k + (all_of.kv_head * job.capacity + low) * size;
+    for (; k + kShared <= count; k += kShared) {
+        Row keys[kShared] = {field<Row>(job.format, p + k * size), field<Row>(job.format, p + (k + 1) * size)};
+        const uint8_t* ahead[kShared] = {p + (k + kFurther) * size, p + (k + kFurther + 1) * size};
+        int i = 0;
+        for (; i + 4 <= all_of.count; i += 4) score_two<4>(job, all_of, keys, i ? nullptr : ahead, i, k);
+        for (; i < all_of.count; i++) score_two<1>(job, all_of, keys, i ? nullptr : ahead, i, k);
+    }
+    for (int i = 0; i < all_of.count && k < count; i++) {
+        Row key = field<Row>(job.format, p + k * size);
+        dots<1, 1>(&key, all_of.q + i, n, all_of.scores[i] + k);
+        all_of.scores[i][k] *= job.scale;
+    }
+}
+
 void score_keys(const Attention& job, const Queries& all_of, float* rows) {
     int64_t n = job.format.columns, last = all_of.high[all_of.count - 1];
     for (int64_t first = all_of.low[0]; first <= last; first += kKeyBlock) {
@@ -113,10 +143,20 @@ void score_keys(const Attention& job, const Queries& all_of, float* rows) {
     }
 }
 
+float largest_of(const float* scores, int64_t n) {
+    V most_of = all(scores[0]);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) most_of = maximum(most_of, load(scores + i));
+    float lane[8];
+    store(lane, most_of);
+    for (int k = 1; k < 8; k++) lane[0] = lane[k] > lane[0] ? lane[k] : lane[0];
+    for (; i < n; i++) lane[0] = scores[i] > lane[0] ? scores[i] : lane[0];
+    return lane[0];
+}
+
 // exp(score - max) in place; returns the sum, whose order depends on the number of keys only.
 float softmax(float* scores, int64_t n) {
-    float largest = scores[0];
-    for (int64_t i = 1; i < n; i++) largest = scores[i] > largest ? scores[i] : largest;
+    float largest = largest_of(scores, n);
     V total = zero(), shift = all(-largest);
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
@@ -145,7 +185,7 @@ void sum_values(const Attention& job, const Queries& all_of, float* rows) {
             RowF32 seen[kKeyBlock];
             for (int64_t k = begin; k < end; k++) seen[k - begin].p = rows + (k - first) * n;
             if (begin < end)
-                weighted_many(seen, all_of.scores[i] + begin - all_of.low[i], int(end - begin), n, most(n, 16), all_of.out[i]);
+                weighted_many<kKeyBlock>(seen, all_of.scores[i] + begin - all_of.low[i], int(end - begin), n, most(n, 16), all_of.out[i]);
         }
     }
 }
@@ -157,6 +197,7 @@ void attention(const void* context, int64_t task, float* scratch) {
     float sums[kQueryBlock];
     bool alone = all_of.count == 1;
     if (alone) with_float(job.format.dtype, [&](auto type) { score_alone<decltype(type)>(job, all_of); });
+    else if (job.tokens == 1) with_float(job.format.dtype, [&](auto type) { score_shared<decltype(type)>(job, all_of); });
     else score_keys(job, all_of, rows);
     for (int i = 0; i < all_of.count; i++) {
         sums[i] = softmax(all_of.scores[i], all_of.high[i] - all_of.low[i] + 1);

@@ -410,7 +410,7 @@ void down_many_tokens(const Down& job, int64_t begin, int64_t n, float* scratch)
                 float weight = job.hidden[t * job.ldh + job.cols[first + k]];
                 if (weight != 0.0f) weights[used] = weight, rows[used++].p = scratch + k * n;
             }
-            weighted_many(rows, weights, used, n, most(n, 16), job.y + t * job.format.columns + begin);
+            weighted_many<4>(rows, weights, used, n, most(n, 16), job.y + t * job.format.columns + begin);
         }
     }
 }

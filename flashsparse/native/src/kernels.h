@@ -95,7 +95,7 @@ constexpr int kChunk = 512;
 constexpr int kFixedTokens = 32; // tokens held in fixed point together
 constexpr int kPackedTokens = 64;  // tokens that rows are decoded for once
 constexpr int kPanelScratch = kPanel * kChunk + kPanel * kPackedTokens * 8;
-constexpr int kKeyBlock = 4;     // keys or values decoded together
+constexpr int kKeyBlock = 8;     // keys or values decoded together
 constexpr int kQueryBlock = 8;   // query rows (tokens times heads of one key head) of an attention task
 
 struct Kernels {

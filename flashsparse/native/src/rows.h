@@ -187,12 +187,12 @@ inline void weighted(const Row* source, const float* weights, int64_t n, int64_t
         for (int r = 0; r < R; r++) y[k] = madd(weights[r], rows[r].one(k), y[k]);
 }
 
-// The same for any number of rows, four at a time.
-template <class Row>
+// The same for any number of rows, R at a time, then fewer.
+template <int R, class Row>
 inline void weighted_many(const Row* rows, const float* weights, int count, int64_t n, int64_t step, float* y) {
     int r = 0;
-    for (; r + 4 <= count; r += 4) weighted<4>(rows + r, weights + r, n, step, y);
-    for (; r < count; r++) weighted<1>(rows + r, weights + r, n, step, y);
+    for (; r + R <= count; r += R) weighted<R>(rows + r, weights + r, n, step, y);
+    if constexpr (R > 1) weighted_many<R / 4 ? R / 4 : 1>(rows + r, weights + r, count - r, n, step, y);
 }
 
 template <class Row>
