@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from mmap import PAGESIZE
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flashsparse.errors import FlashReadError
 from flashsparse.macos import announce, here
-from flashsparse.weights import ALIGNMENT
 
 if TYPE_CHECKING:
     from flashsparse.flash import Batch, ReadPool
@@ -58,7 +58,7 @@ class Loading:
         order = np.argsort(every["stage"], kind="stable")
         every, files = every[order], files[order]
         # Memory that is taken when so many reads have begun.
-        self._taken = np.concatenate(([0], np.cumsum(-(-every["need"] // ALIGNMENT) * ALIGNMENT)))
+        self._taken = np.concatenate(([0], np.cumsum(-(-every["length"] // PAGESIZE) * PAGESIZE)))
         try:
             for at in np.unique(every["stage"]):
                 self._begin(int(at), every[every["stage"] == at], files[every["stage"] == at])
