@@ -51,11 +51,12 @@ def test_nothing_for_later_is_begun_while_paused(file: FlashFile) -> None:
 
 def test_what_is_needed_now_comes_first(file: FlashFile) -> None:
     many, few = Buffer(200_000 * PIECE), Buffer(PIECE)
-    with ReadPool(1) as pool, file:
-        with pool.submit(file, *places(many, 200_000), later=True), pool.submit(file, *places(few, 1)) as now:
+    with ReadPool(1) as pool, file, pool.submit(file, *places(many, 200_000), later=True) as later:
+        with pool.submit(file, *places(few, 1)) as now:
             now.wait()
-            assert pool.pause() > 0  # of 200,000
-            pool.resume()
+        assert pool.pause() > 0  # of 200,000
+        pool.resume()
+        later.release()
 
 
 def test_dropping_and_closing_while_paused(file: FlashFile) -> None:
