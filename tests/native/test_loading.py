@@ -105,7 +105,8 @@ def test_what_reads_take_of_memory_is_counted_to_the_page(tmp_path: Path, mode: 
             with loading.still() as taken:
                 assert taken == sum(in_memory(buffer.bytes) for buffer in store.buffers) * mmap.PAGESIZE
                 seen.add(taken)
-            if pool.counters.needed_bytes == sum(nbytes for _, nbytes in store.stretches):
+                over = pool.counters.needed_bytes == sum(nbytes for _, nbytes in store.stretches)
+            if over:
                 break
         loading.wait()
     assert 0 in seen and 0 <= store.nbytes - taken < 16384
