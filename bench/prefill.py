@@ -1,11 +1,12 @@
 """Prefill speed and the time to the first token, with the limits for both: `python -m bench.prefill PACK --limit 7GB`.
 
 Every run is a process of its own that loads the pack and evaluates `--prompt` stored tokens; its time to the first
-token counts from the start of the process, imports included. Counters show that no chunk reads a record twice. The
-limits: flash bytes over the drive's sequential rate or the products over the rate of a large matrix product,
-whichever is longer; to the first token, resident weights and the prompt's records over the sequential rate and 2 s.
-Beside them stands what touching as much memory for the first time takes: a virtual machine may have to fetch it from
-its host. With `--recent` that is done before each run. The last line is one JSON object.
+token counts from the start of the process, imports included. What of the resident weights is read after loading counts
+as the prompt's. Counters show that no chunk reads a record twice. The limits: flash bytes over the drive's sequential
+rate or the products over the rate of a large matrix product, whichever is longer; to the first token, resident weights
+and the prompt's records over the sequential rate and 2 s. Beside them stands what touching as much memory for the first
+time takes: a virtual machine may have to fetch it from its host. With `--recent` that is done before each run. The last
+line is one JSON object.
 """
 
 from __future__ import annotations

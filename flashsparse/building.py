@@ -71,8 +71,9 @@ class Building:
         from flashsparse.models.native_decoder import build
 
         assert isinstance(self.made, NativeKernels)
-        m, store = self.pack.manifest, self.pack.stores[0]
-        return build(m, store, self.made, ffns, self.counters, self.passes.chunk, self._rows())
+        assert self.pack.loading is not None
+        m, store, loading = self.pack.manifest, self.pack.stores[0], self.pack.loading
+        return build(m, store, loading, self.made, ffns, self.counters, self.passes.chunk, self._rows())
 
     def _assembly(self) -> type[Assembly]:
         if self.kernels == "metal":

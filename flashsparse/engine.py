@@ -20,7 +20,7 @@ import numpy as np
 from flashsparse import macos, memory
 from flashsparse.building import Building, end_tokens, make_kernels
 from flashsparse.drive import drive_rate, start_limit
-from flashsparse.errors import SessionError, UsageError
+from flashsparse.errors import FlashReadError, SessionError, UsageError
 from flashsparse.memory import MemoryPlan
 from flashsparse.options import LoadOptions
 from flashsparse.stats import DRIFT_TOKENS, Counters, Drift, Stats
@@ -86,7 +86,8 @@ def load(
     Raises:
         PackError, DamagedPackError: not a pack that this version can read.
         BudgetError: the budget cannot hold the floor; `smallest` says what would.
-        UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed.
+        UsageError: an option's value makes no sense. FlashReadError: reading the resident weights failed, as far as
+            they had been read; of native layers the later ones are read while the first step computes, which raises it.
     """
     asked = (dram, max_kv_size, threads, io_threads, read_mode, kernels, on_plan, slots, tier, layers, lookahead)
     return Engine(path, LoadOptions(*asked, embeddings))
@@ -136,6 +137,7 @@ class Engine:
     def _begin(self, pack: OpenPack, options: LoadOptions, curve: Curve | None) -> None:
         """Start reading what stays in memory, which needs none of the libraries and takes longest."""
         from flashsparse.flash import ReadPool
+        from flashsparse.loading import Loading
         from flashsparse.machine import read_threads
         from flashsparse.models.tensors import embedding_tensors
         from flashsparse.pack.predictor import predictor_quant
@@ -166,22 +168,23 @@ class Engine:
             quants[pack.predictor] = predictor_quant(self.manifest)
         for at, quant in quants.items():
             left = embedding_tensors(self.manifest) if plan.on_flash and at == 0 else ()
-            pack.stores.append(ResidentStore(pack.headers[at], self._pool, pack.files[at], quant, unified, left))
+            pack.stores.append(ResidentStore(pack.headers[at], pack.files[at], quant, unified, left))
+        pack.loading = Loading(self._pool, pack.stores, self.manifest.layers)
         if options.dram is not None:  # else the budget may depend on what the libraries take
             self._touch([Buffer(slots * plan.slot_bytes) if slots else None for slots in plan.slots])
 
     def _load(self, pack: OpenPack, options: LoadOptions) -> None:
         """Plan and build. `runtime` is what imports and the tokenizer cost, the footprint less what was read then."""
+        from flashsparse.loading import FIRST
         from flashsparse.prefetch import Switch
 
+        assert pack.loading is not None
         self._kernels = make_kernels(self.kernels, self.manifest, options.threads, self.counters)
-        for store in pack.stores:
-            store.wait()
-        begun = self._sizes.begun_bytes() + sum(store.nbytes for store in pack.stores)
-        if self._touching is not None:
-            begun += self._touching.close()
-        memory.reset_peak()
-        self.runtime_bytes = memory.footprint() - begun
+        pack.loading.wait(FIRST if self._sizes.native else None)
+        begun = self._sizes.begun_bytes() + (0 if self._touching is None else self._touching.close())
+        with pack.loading.still() as taken:
+            memory.reset_peak()
+            self.runtime_bytes = memory.footprint() - begun - taken
         self.plan, passes = self._sizes.plan(self.runtime_bytes, options.dram, options.max_kv_size, options.slots)
         if options.on_plan is not None:
             options.on_plan(self.plan)
@@ -235,7 +238,20 @@ class Engine:
 
     @contextmanager
     def step(self) -> Iterator[Decoder]:
-        """Hold the engine for one step of this thread. Raises SessionError when it is in use, closed or forked."""
+        """Hold the engine for one step of this thread. Raises SessionError when it is in use, closed or forked.
+
+        And FlashReadError when resident weights could not be read: the engine is closed then.
+        """
+        try:
+            with self._step() as decoder:
+                yield decoder
+        except FlashReadError:
+            if self._pack is not None and self._pack.loading is not None and self._pack.loading.failed:
+                self.close()
+            raise
+
+    @contextmanager
+    def _step(self) -> Iterator[Decoder]:
         with self._turns.take():
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")

@@ -22,6 +22,7 @@ from flashsparse.pack.safetensors import read_header
 from flashsparse.runtime import import_libraries, load_tokenizer
 
 if TYPE_CHECKING:
+    from flashsparse.loading import Loading
     from flashsparse.pack.safetensors import Header
     from flashsparse.weights import ResidentStore
 
@@ -31,7 +32,8 @@ ATTEMPTS = 5
 @dataclass
 class OpenPack:
     """`files[0]` is the resident file, `files[1 + i]` and `headers[1 + i]` belong to layer i; last, when the pack has
-    one, comes the predictor file, of which `predictor` is the index. `stores`: what is being read or has been."""
+    one, comes the predictor file, of which `predictor` is the index. `loading` reads what stays in memory, in `stores`.
+    """
 
     manifest: Manifest
     headers: list[Header] = field(default_factory=list)
@@ -39,11 +41,12 @@ class OpenPack:
     predictor: int | None = None
     tokenizer: Any = None
     stores: list[ResidentStore] = field(default_factory=list)
+    loading: Loading | None = None
 
     def close(self) -> None:
         """After its reads, which are dropped."""
-        for store in self.stores:
-            store.release()
+        if self.loading is not None:
+            self.loading.release()
         for file in self.files:
             file.close()
 
@@ -51,7 +54,7 @@ class OpenPack:
 def open_pack(path: Path, read_mode: str, modules: bool, start: Callable[[OpenPack], None]) -> OpenPack:
     """Open the pack at `path`; imports libraries, with `modules` those of mlx-lm's models.
 
-    `start` is called when the files are open and checked: what it adds to `stores` is read from then on. It is called
+    `start` is called when the files are open and checked: it may begin `loading`. It is called
     again with another OpenPack when the pack was replaced meanwhile.
     Raises PackError, DamagedPackError, FlashReadError, and what `start` raises.
     """

@@ -1,31 +1,32 @@
 """Resident weights: the buffers that hold a pack's resident and predictor files, and a typed view for each tensor.
 
-Owns where resident bytes live and how they are addressed. Reading goes through `flash`; computing with them is the
-kernels' business.
+Owns where resident bytes live and how they are addressed. When they are read is `loading.py`'s; computing with them is
+the kernels' business.
 """
 
 from __future__ import annotations
 
 import contextlib
 import mmap
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashsparse.errors import PackError
-from flashsparse.macos import PAGE_BYTES, announce, here
+from flashsparse.macos import PAGE_BYTES
 from flashsparse.pack.safetensors import numpy_dtype
 
 if TYPE_CHECKING:
-    from flashsparse.flash import Batch, FlashFile, ReadPool
+    from flashsparse.flash import FlashFile
     from flashsparse.pack.manifest import Quant
     from flashsparse.pack.safetensors import Header, TensorInfo
 
 ALIGNMENT = PAGE_BYTES  # a multiple of every sector size
 HUGE_PAGE = 2 << 20
-READ_BYTES = 4 << 20
+READ_BYTES = 4 << 20  # whole huge pages, so that what a read takes of memory is its own
+PIECE = np.dtype([("offset", "<i8"), ("length", "<i8"), ("need", "<i8"), ("dest", "<u8"), ("stage", "<i8")])
 SEGMENT_BYTES = 1 << 30
 
 
@@ -108,16 +109,30 @@ class Weight:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of the file in memory: the byte at file offset `start` is byte 0 of the buffer."""
+    """Neighbouring tensors in memory: the byte at file offset `start` is byte 0 of the buffer."""
 
     start: int
     buffer: Buffer
+    tensors: list[TensorInfo]
+
+    @property
+    def nbytes(self) -> int:
+        """As far as there are tensors."""
+        return self.tensors[-1].end - self.start
+
+    def stages(self, stage_of: Callable[[TensorInfo], int]) -> np.ndarray:
+        """For each READ_BYTES of it the least that `stage_of` says of the tensors in there."""
+        stages = np.full(-(-self.nbytes // READ_BYTES), np.iinfo(np.int64).max)
+        for info in self.tensors:
+            pieces = stages[(info.begin - self.start) // READ_BYTES : -(-(info.end - self.start) // READ_BYTES)]
+            np.minimum(pieces, stage_of(info), out=pieces)
+        return stages
 
 
 class ResidentStore:
-    """Every tensor of one safetensors file of a pack, read into a few buffers. Raises PackError for a missing tensor.
+    """Every tensor of one safetensors file of a pack, in a few buffers. Raises PackError for a missing tensor.
 
-    Making it starts the reads, large and in the order of the file; `wait` for them before asking for a tensor.
+    What the buffers hold is there when the reads of `pieces` are done, which the caller does.
     `quant`: base name -> quantization of the matrices that the file holds quantized. `nbytes`: of all buffers.
     More than one buffer because MLX's shapes are 32 bits wide and Metal limits the size of one; `unified`: MLX's own.
     The tensors named in `without` are left on flash.
@@ -126,54 +141,49 @@ class ResidentStore:
     def __init__(
         self,
         header: Header,
-        pool: ReadPool,
         file: FlashFile,
         quant: Mapping[str, Quant],
         unified: bool = False,
         without: Container[str] = (),
     ) -> None:
-        self._path, self._quant, self._unified = header.path, quant, unified
+        self.file, self.unified = file, unified
+        self._path, self._quant = header.path, quant
         self._tensors = {name: info for name, info in header.tensors.items() if name not in without}
-        self._segment_of: dict[str, Segment] = {}
-        self._batches: list[Batch] = []
-        self.nbytes = 0
-        try:
-            for group in _grouped(sorted(self._tensors.values(), key=lambda t: t.begin)):
-                segment = self._start(pool, file, group[0].begin, group[-1].end)
-                self._segment_of.update({info.name: segment for info in group})
-        except BaseException:
-            self.release()
-            raise
+        groups = _grouped(sorted(self._tensors.values(), key=lambda t: t.begin))
+        self._segments = [self._segment(group) for group in groups]
+        self._segment_of = {info.name: segment for segment in self._segments for info in segment.tensors}
+        self.nbytes = sum(segment.buffer.nbytes for segment in self._segments)
 
-    def _start(self, pool: ReadPool, file: FlashFile, begin: int, end: int) -> Segment:
-        """Begin to read the file from `begin`, rounded down to a page, to `end`."""
-        start = begin // ALIGNMENT * ALIGNMENT
-        segment = Segment(start, Buffer(-(-(end - start) // ALIGNMENT) * ALIGNMENT, self._unified))
-        starts = np.arange(0, end - start, READ_BYTES, dtype=np.int64)
-        needs = np.minimum(end - start - starts, READ_BYTES)
-        lengths = -(-needs // ALIGNMENT) * ALIGNMENT if file.direct else needs
-        if here() and not file.direct:
-            announce(file.fd, start, end - start)
-        self._batches.append(pool.submit(file, start + starts, lengths, needs, segment.buffer.address + starts))
-        self.nbytes += segment.buffer.nbytes
-        return segment
+    def _segment(self, tensors: list[TensorInfo]) -> Segment:
+        """From the first byte, rounded down to a page."""
+        start = tensors[0].begin // ALIGNMENT * ALIGNMENT
+        return Segment(start, Buffer(_to_pages(tensors[-1].end - start), self.unified), tensors)
+
+    def pieces(self, stage_of: Callable[[TensorInfo], int]) -> np.ndarray:
+        """The reads that fill the buffers (PIECE [n]), in the order of the file.
+
+        The `stage` of each is the least that `stage_of` says of the tensors it brings a part of.
+        """
+        return np.concatenate([np.empty(0, PIECE), *(self._pieces(segment, stage_of) for segment in self._segments)])
+
+    def _pieces(self, segment: Segment, stage_of: Callable[[TensorInfo], int]) -> np.ndarray:
+        starts = np.arange(0, segment.nbytes, READ_BYTES, dtype=np.int64)
+        pieces = np.empty(len(starts), PIECE)
+        pieces["offset"], pieces["dest"] = segment.start + starts, segment.buffer.address + starts
+        pieces["need"] = needs = np.minimum(segment.nbytes - starts, READ_BYTES)
+        pieces["length"] = _to_pages(needs) if self.file.direct else needs
+        pieces["stage"] = segment.stages(stage_of)
+        return pieces
 
     @property
     def buffers(self) -> list[Buffer]:
         """What holds the tensors, in the order of the file."""
-        return list(dict.fromkeys(segment.buffer for segment in self._segment_of.values()))
+        return [segment.buffer for segment in self._segments]
 
-    def wait(self) -> None:
-        """Until every byte is there. Raises FlashReadError when reading failed."""
-        for batch in self._batches:
-            batch.wait()
-        self.release()
-
-    def release(self) -> None:
-        """Drop the reads that have not begun and wait for those in flight. Idempotent; the buffers stay."""
-        while self._batches:
-            self._batches[-1].release()
-            self._batches.pop()
+    @property
+    def stretches(self) -> list[tuple[int, int]]:
+        """Offset and bytes of what is read of the file."""
+        return [(segment.start, segment.nbytes) for segment in self._segments]
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
@@ -202,6 +212,11 @@ class ResidentStore:
         if name not in self:
             return None
         return Weight(name, self._tensors[name].dtype, self.tensor(name)).float32()
+
+
+def _to_pages(nbytes: Any) -> Any:
+    """Bytes, or an array of them, rounded up."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 def resident_bytes(file_bytes: int, cuts: int = 0) -> int:

@@ -42,6 +42,7 @@ class Counters:
 class ReadPool:
     """`threads` native threads that read. Thread-safe; batches are served in the order they were submitted.
 
+    Those submitted for `later` are served while nothing else waits.
     `staging`: bytes of each thread, a multiple of 4096; records whose request is longer are read one by one.
     Belongs to the process that made it: a fork has none of the threads, and using it there raises SessionError.
     """
@@ -74,6 +75,8 @@ class ReadPool:
         lengths: np.ndarray,
         needs: np.ndarray,
         dests: np.ndarray,
+        *,
+        later: bool = False,
     ) -> Batch:
         """Start reading `lengths` bytes at file `offsets` into addresses `dests`, arrays of n integers each.
 
@@ -92,7 +95,7 @@ class ReadPool:
         if len(each) != n or (n and _impossible(reads)):
             raise ValueError(f"{n} reads: {len(each)} files; offsets and needs must be in range, needs <= lengths")
         reads["fd"] = files.fd if isinstance(files, FlashFile) else [file.fd for file in each]
-        return self.submit_runs(each, reads, np.arange(n + 1, dtype=np.int32), n)
+        return self.submit_runs(each, reads, np.arange(n + 1, dtype=np.int32), n, later=later)
 
     def submit_runs(
         self,
@@ -102,6 +105,7 @@ class ReadPool:
         runs: int,
         order: np.ndarray | None = None,
         landed: Landed | None = None,
+        later: bool = False,
     ) -> Batch:
         """Start `reads` (READ [n], checked by the caller) as `runs` requests, divided as `firsts` says (fs_plan_reads).
 
@@ -114,7 +118,7 @@ class ReadPool:
         batch = Batch(self, next(self._numbers), files, reads, order, landed)
         try:  # the batch knows its number before it begins, so that no interrupt leaves reads that nobody can release
             failed = -lib().fs_pool_submit(
-                self.handle, batch.number, reads.ctypes.data, len(reads), firsts.ctypes.data, runs
+                self.handle, batch.number, reads.ctypes.data, len(reads), firsts.ctypes.data, runs, later
             )
             if failed:
                 raise FlashReadError(f"cannot submit {len(reads)} reads: {os.strerror(failed)}", "", 0, 0, failed)
@@ -122,6 +126,14 @@ class ReadPool:
         except BaseException:
             batch.release()
             raise
+
+    def pause(self) -> int:
+        """Begin no read that is for later until `resume`, and wait for those in flight; how many nobody has begun."""
+        return int(lib().fs_pool_pause(self.handle))
+
+    def resume(self) -> None:
+        """After `pause`; also without one."""
+        lib().fs_pool_resume(self.handle)
 
     @property
     def counters(self) -> Counters:
@@ -210,6 +222,11 @@ class Batch:
         """Wait for all reads. Raises FlashReadError as take() does."""
         while len(self.take(len(self._reads))):
             pass
+
+    def check(self) -> None:
+        """Raises FlashReadError when one of its reads has failed; waits for none."""
+        if self._open and lib().fs_pool_error(self._pool.handle, self.number, ctypes.byref(CReadError())):
+            raise self._error()
 
     def _error(self) -> FlashReadError:
         error = CReadError()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flashsparse import native
+from flashsparse.loading import FIRST
 from flashsparse.models.native_step import native_step
 from flashsparse.models.rotation import frequencies
 from flashsparse.native.layers import Addresses, Heads, Layer, Norm, turns
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flashsparse.ffn import StreamedFFN
     from flashsparse.kernels.cpu import NativeKernels
     from flashsparse.kvcache import KVCache
+    from flashsparse.loading import Loading
     from flashsparse.pack.manifest import Manifest
     from flashsparse.rows import EmbeddingRows
     from flashsparse.stats import Counters
@@ -58,11 +60,22 @@ class Parts:
 
 
 class NativeDecoder:
-    """Implements flashsparse.models.decoder.Decoder for calls of at most `chunk` tokens."""
+    """Implements flashsparse.models.decoder.Decoder for calls of at most `chunk` tokens.
+
+    The first of them waits, layer by layer, for the weights that `loading` brings.
+    """
 
     def __init__(
-        self, parts: Parts, kernels: NativeKernels, ffns: list[StreamedFFN], counters: Counters, chunk: int, size: int
+        self,
+        parts: Parts,
+        loading: Loading,
+        kernels: NativeKernels,
+        ffns: list[StreamedFFN],
+        counters: Counters,
+        chunk: int,
+        size: int,
     ) -> None:
+        self._loading = loading
         self._parts, self._kernels, self._ffns, self._counters, self._chunk = parts, kernels, ffns, counters, chunk
         scratch = max(layer.scratch_floats for layer in parts.layers)
         self._h, self._x = np.empty((chunk, size), np.float32), np.empty((chunk, size), np.float32)
@@ -82,6 +95,8 @@ class NativeDecoder:
         if tokens > self._chunk:
             raise ValueError(f"{tokens} tokens at once, expected at most {self._chunk}")
         caches[0].check_room(tokens)
+        if tokens == 1:  # whose layers are one call, and name records for each other
+            self._arrive()
         h, turned = self._embed(ids, offset), None
         if parts.frequencies is not None:
             turns(parts.frequencies, parts.factor, offset, tokens, self._turns[:tokens])
@@ -100,6 +115,7 @@ class NativeDecoder:
     def _layer(self, index: int, h: np.ndarray, cache: KVCache, turned: int | None) -> None:
         """One layer, with all that its FFN may need between native calls."""
         tokens, offset, ffn, parts = len(h), cache.offset, self._ffns[index], self._parts
+        self._arrive(FIRST + 1 + index)
         if tokens == 1 and ffn.wants_hint:
             ffn.hint(h)
         began = time.perf_counter()
@@ -111,6 +127,7 @@ class NativeDecoder:
 
     def logits(self, hidden: np.ndarray) -> np.ndarray:
         """As in Decoder."""
+        self._arrive()
         began = time.perf_counter()
         divisor = self._parts.divisor
         states = hidden if divisor == 1.0 else hidden / np.float32(divisor)
@@ -152,7 +169,17 @@ class NativeDecoder:
             out = self._x[: len(h)]
             parts.final(self._kernels.workers, h, out)
             h = out
-        return h if parts.project_out is None else self._linear(parts.project_out, h)
+        if parts.project_out is None:
+            return h
+        self._arrive()
+        return self._linear(parts.project_out, h)
+
+    def _arrive(self, stage: int | None = None) -> None:
+        """Wait for the weights of that stage (None: all)."""
+        if not self._loading.over:
+            began = time.perf_counter()
+            self._loading.wait(stage)
+            self._counters.io_wait_s += time.perf_counter() - began
 
     def _linear(self, weight: Weight, x: np.ndarray) -> np.ndarray:
         out = np.empty((len(x), weight.rows), np.float32)
@@ -163,18 +190,19 @@ class NativeDecoder:
 def build(
     manifest: Manifest,
     store: ResidentStore,
+    loading: Loading,
     kernels: NativeKernels,
     ffns: list[StreamedFFN],
     counters: Counters,
     chunk: int,
     rows: EmbeddingRows | None = None,
 ) -> NativeDecoder:
-    """The model of a pack from its resident tensors, for `chunk` tokens at once.
+    """The model of a pack from its resident tensors, for `chunk` tokens at once. FIRST of them must be there.
 
     `rows`: of an embedding that is not among them.
     """
     parts = (_opt if manifest.family == "opt" else _llama)(manifest, store, kernels, rows)
-    return NativeDecoder(parts, kernels, ffns, counters, chunk, manifest.hidden_size)
+    return NativeDecoder(parts, loading, kernels, ffns, counters, chunk, manifest.hidden_size)
 
 
 Product = tuple[native.Matrix, np.ndarray | None]

@@ -12,7 +12,7 @@ from typing import Any
 
 from flashsparse.errors import NativeLibraryError
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FILE_NAME = "libflashsparse.dylib" if sys.platform == "darwin" else "libflashsparse.so"
 REBUILD = "build it with a C++ compiler: pip install --force-reinstall --no-deps . (or -e .) in the source tree"
 
@@ -175,11 +175,13 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
         [c_int32, c_void_p, c_int64, c_int64, c_int32, c_int64, c_void_p, POINTER(c_int64 * 2)],
     ),
     "fs_plan_reads": (c_int64, [c_void_p, c_int64, c_int64, c_int64, c_void_p, POINTER(c_int64)]),
-    "fs_pool_submit": (c_int64, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]),
+    "fs_pool_submit": (c_int64, [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int32]),
     "fs_pool_take": (c_int64, [c_void_p, c_int64, c_void_p, c_int64, c_int64]),
     "fs_pool_error": (c_int32, [c_void_p, c_int64, POINTER(CReadError)]),
     "fs_pool_keep": (None, [c_void_p, c_int64, c_void_p]),
     "fs_pool_release": (None, [c_void_p, c_int64]),
+    "fs_pool_pause": (c_int64, [c_void_p]),
+    "fs_pool_resume": (None, [c_void_p]),
     "fs_slots_valid": (c_int32, [c_void_p, c_void_p, c_int64]),
     "fs_slots_fits": (c_int32, [c_void_p, c_void_p, c_int64]),
     "fs_slots_recover": (None, [c_void_p, c_int64]),

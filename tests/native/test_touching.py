@@ -106,7 +106,7 @@ def test_a_stated_budget_s_slots_are_taken_while_loading(
 def test_a_load_that_fails_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "touch", lambda _: time.sleep(0.01))
     monkeypatch.setattr(
-        "flashsparse.weights.ResidentStore.wait", lambda _: (_ for _ in ()).throw(KeyboardInterrupt)
+        "flashsparse.loading.Loading.wait", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
     )  # as struck while reading
     with pytest.raises(KeyboardInterrupt):
         flashsparse.load(make_pack(tmp_path, tier="exact"), dram="8MB")

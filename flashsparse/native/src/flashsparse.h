@@ -11,7 +11,7 @@
 #define FS_API
 #endif
 
-#define FS_ABI_VERSION 7
+#define FS_ABI_VERSION 8
 
 #ifdef __cplusplus
 extern "C" {
@@ -143,8 +143,10 @@ FS_API void fs_pool_stop(fs_pool*);     // drops waiting reads, waits for those 
 FS_API void fs_pool_destroy(fs_pool*);  // stops it; no call may be inside
 // Starts batch number `batch`, which the caller chooses and never uses twice, so that it can release the batch whatever
 // happens to this call. `firsts` as fs_plan_reads makes it: one request for each run, indices stay those of the reads.
-// Waits for unfinished batches that read into the same stretch of memory. 0, or -errno.
-FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n, const int32_t* firsts, int64_t runs);
+// Waits for unfinished batches that read into the same stretch of memory. `later`: its requests are begun only while no
+// batch without it has a waiting one. 0, or -errno.
+FS_API int64_t fs_pool_submit(fs_pool*, int64_t batch, const fs_read*, int64_t n, const int32_t* firsts, int64_t runs,
+                              int32_t later);
 // Blocks until `least` reads of the batch, or all, are finished; writes at most max indices, returns how many. 0: all
 // are taken.
 // -1: a read failed (no read of the batch is in flight any more). -2: no such batch, or the pool was stopped.
@@ -153,6 +155,10 @@ FS_API int32_t fs_pool_error(fs_pool*, int64_t batch, fs_read_error* out);  // 1
 // Drops the reads of the batch that nobody has begun and whose kept[i] is 0; sets kept[i] of those that were begun.
 FS_API void fs_pool_keep(fs_pool*, int64_t batch, uint8_t* kept);
 FS_API void fs_pool_release(fs_pool*, int64_t batch);  // drops its waiting reads, waits for those in flight; any number
+// Until fs_pool_resume no request of a batch for later is begun; waits for those in flight. How many are waiting: the last
+// ones in the order of their submission.
+FS_API int64_t fs_pool_pause(fs_pool*);
+FS_API void fs_pool_resume(fs_pool*);
 FS_API void fs_pool_counters(fs_pool*, int64_t out[5]);  // requests, bytes needed, bytes arrived, busy ns, ns with any busy
 
 // The slots of a layer and what they hold. The arrays are the caller's, and so is the struct: all zero at first but for

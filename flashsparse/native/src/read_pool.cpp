@@ -1,4 +1,4 @@
-// The read pool: threads that run batches of requests in the order they were submitted.
+// The read pool: threads that run batches of requests in the order they were submitted, those for later after all others.
 // It knows files as descriptors and destinations as addresses; both must live until the batch is released.
 #include <errno.h>
 #include <sys/mman.h>
@@ -27,8 +27,9 @@ int64_t nanoseconds(Clock::duration time) {
 }
 
 struct Batch {
-    Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs)
-        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), order(size_t(runs)), waiting(runs) {
+    Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs, bool for_later)
+        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), order(size_t(runs)), waiting(runs),
+          later(for_later) {
         std::iota(order.begin(), order.end(), 0);
         for (const fs_read& read : reads) {
             auto at = reinterpret_cast<uintptr_t>(read.dest);
@@ -41,6 +42,7 @@ struct Batch {
     std::vector<int32_t> order;   // of the requests: those from `next` on are waiting
     std::vector<int32_t> done;    // finished reads, not yet taken
     int64_t next = 0, waiting, in_flight = 0;  // requests
+    const bool later;  // begun only while no other batch has a waiting request
     size_t wanted = 1;  // finished reads that whoever takes waits for
     bool failed = false;
     fs_read_error error{};
@@ -103,10 +105,15 @@ struct fs_pool {
     void keep(int64_t id, uint8_t* kept);
     void release(int64_t id);
     void counters(int64_t out[5]);
+    int64_t pause();
+    void resume();
     void stop();
 
   private:
+    using Queue = std::deque<std::shared_ptr<Batch>>;  // batches that have requests nobody has begun
+
     void work(int index);
+    Queue* ready();
     void await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch);
     void drop_waiting(Batch& batch);
     void record(Batch& batch, int64_t run, const Outcome* outcomes);
@@ -114,14 +121,16 @@ struct fs_pool {
 
     std::mutex mutex_;
     std::condition_variable work_;
-    std::deque<std::shared_ptr<Batch>> queue_;  // batches that have reads nobody has begun
+    std::condition_variable still_;
+    Queue queue_, later_;
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
     Staging staging_;
     int64_t reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
     int64_t running_ = 0, active_ = 0;  // requests in flight, nanoseconds in which there were any until...
     Clock::time_point since_;           // ...the first of those in flight began
-    bool stop_ = false;
+    int64_t running_later_ = 0;         // of those in flight
+    bool stop_ = false, paused_ = false;
 };
 
 fs_pool::fs_pool(int threads, int64_t staging) : staging_(threads, staging) {
@@ -141,12 +150,12 @@ void fs_pool::stop() {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
         threads.swap(threads_);
-        queue_.clear();
+        queue_.clear(), later_.clear();
         for (auto& [id, batch] : batches_) {
             batch->waiting = 0;
             batch->changed.notify_all();
         }
-        work_.notify_all();
+        work_.notify_all(), still_.notify_all();
     }
     for (auto& thread : threads) thread.join();
 }
@@ -169,26 +178,34 @@ void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
         std::unique_lock<std::mutex> lock(mutex_);
         await_memory(lock, *batch);
         batches_[id] = batch;
-        if (n > 0) queue_.push_back(batch);
+        if (n > 0) (batch->later ? later_ : queue_).push_back(batch);
     }
     // Who submits has more to do than to wake everybody: two threads are woken, and each wakes the next.
     for (int64_t i = 0; i < std::min<int64_t>(n, 2); i++) work_.notify_one();
+}
+
+// Where the next request comes from; null: none may be begun.
+fs_pool::Queue* fs_pool::ready() {
+    if (!queue_.empty()) return &queue_;
+    return later_.empty() || paused_ ? nullptr : &later_;
 }
 
 void fs_pool::work(int index) {
     Outcome outcomes[kMostRecords];
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        const bool sleeping = !stop_ && queue_.empty();
-        if (sleeping) work_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+        const bool sleeping = !stop_ && !ready();
+        if (sleeping) work_.wait(lock, [&] { return stop_ || ready(); });
         if (stop_) return;
-        std::shared_ptr<Batch> batch = queue_.front();
+        Queue& queue = *ready();
+        std::shared_ptr<Batch> batch = queue.front();
         int64_t run = batch->order[size_t(batch->next++)];
         batch->in_flight++;
-        if (--batch->waiting == 0) queue_.pop_front();
+        if (--batch->waiting == 0) queue.pop_front();
         auto start = Clock::now();
         if (running_++ == 0) since_ = start;
-        const bool more = sleeping && !queue_.empty();
+        running_later_ += batch->later;
+        const bool more = sleeping && ready();
         lock.unlock();
         if (more) work_.notify_one();
         const int32_t first = batch->firsts[size_t(run)], last = batch->firsts[size_t(run) + 1];
@@ -198,6 +215,7 @@ void fs_pool::work(int index) {
         lock.lock();
         reads_++, arrived_ += arrived, busy_ += nanoseconds(end - start);
         if (--running_ == 0) active_ += nanoseconds(end - since_);
+        if (batch->later && --running_later_ == 0) still_.notify_all();
         record(*batch, run, outcomes);
     }
 }
@@ -205,7 +223,8 @@ void fs_pool::work(int index) {
 void fs_pool::drop_waiting(Batch& batch) {
     batch.waiting = 0;
     auto same = [&](const std::shared_ptr<Batch>& other) { return other.get() == &batch; };
-    queue_.erase(std::remove_if(queue_.begin(), queue_.end(), same), queue_.end());
+    Queue& queue = batch.later ? later_ : queue_;
+    queue.erase(std::remove_if(queue.begin(), queue.end(), same), queue.end());
 }
 
 // Under the lock. After a failure the batch's waiting requests are dropped: their bytes would not be used.
@@ -280,6 +299,21 @@ void fs_pool::release(int64_t id) {
     batch->changed.notify_all();
 }
 
+// Begins no request of a batch for later, and waits for those in flight; how many are waiting.
+int64_t fs_pool::pause() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    paused_ = true;
+    still_.wait(lock, [&] { return running_later_ == 0 || stop_; });
+    return std::accumulate(later_.begin(), later_.end(), int64_t(0),
+                           [](int64_t sum, const std::shared_ptr<Batch>& batch) { return sum + batch->waiting; });
+}
+
+void fs_pool::resume() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    paused_ = false;
+    work_.notify_all();
+}
+
 void fs_pool::counters(int64_t out[5]) {
     std::lock_guard<std::mutex> lock(mutex_);
     out[0] = reads_, out[1] = needed_, out[2] = arrived_, out[3] = busy_;
@@ -300,9 +334,9 @@ void fs_pool_stop(fs_pool* pool) { pool->stop(); }
 void fs_pool_destroy(fs_pool* pool) { delete pool; }
 
 int64_t fs_pool_submit(fs_pool* pool, int64_t batch, const fs_read* reads, int64_t n, const int32_t* firsts,
-                       int64_t runs) {
+                       int64_t runs, int32_t later) {
     try {
-        pool->submit(batch, std::make_shared<Batch>(reads, n, firsts, runs));
+        pool->submit(batch, std::make_shared<Batch>(reads, n, firsts, runs, later != 0));
         return 0;
     } catch (...) {
         return -ENOMEM;
@@ -315,6 +349,8 @@ int64_t fs_pool_take(fs_pool* pool, int64_t batch, int32_t* done, int64_t max, i
 int32_t fs_pool_error(fs_pool* pool, int64_t batch, fs_read_error* out) { return pool->error(batch, out); }
 void fs_pool_keep(fs_pool* pool, int64_t batch, uint8_t* kept) { pool->keep(batch, kept); }
 void fs_pool_release(fs_pool* pool, int64_t batch) { pool->release(batch); }
+int64_t fs_pool_pause(fs_pool* pool) { return pool->pause(); }
+void fs_pool_resume(fs_pool* pool) { pool->resume(); }
 void fs_pool_counters(fs_pool* pool, int64_t out[5]) { pool->counters(out); }
 
 }  // extern "C"

@@ -97,7 +97,7 @@ class Batch {
         pool_ = pool, number_ = next_batch(), plan_ = &plan;
         auto n = int64_t(plan.reads.size());
         done_.resize(size_t(n));
-        return fs_pool_submit(pool, number_, plan.reads.data(), n, plan.firsts.data(), plan.runs) ? FS_NO_MEMORY : 0;
+        return fs_pool_submit(pool, number_, plan.reads.data(), n, plan.firsts.data(), plan.runs, 0) ? FS_NO_MEMORY : 0;
     }
 
     // Records that have arrived, ascending; none when all were taken or with an error's status.
