@@ -28,19 +28,29 @@ struct Decay {
     double recent, lasting;
 };
 
-// For each of the first `slots` a key that orders as victims go: free ones, then by how often their records were used,
-// decayed to the present. Returns how many there are.
-int64_t rank(fs_slots* t, int64_t slots) {
+// How often the records in the first `slots` were used, decayed to the present, as numbers that order like it; more than 0.
+// A loop without conditions, which compilers make vectors of.
+void count_uses(const fs_slots* t, int64_t slots, uint32_t* keys) {
     const Decay decay(t->epoch - t->step);
+    const float *recent = t->recent_in, *lasting = t->lasting_in;
     for (int64_t slot = 0; slot < slots; slot++) {
-        auto value = float(t->recent_in[slot] * decay.recent + kLastingShare * (t->lasting_in[slot] * decay.lasting));
+        auto value = float(recent[slot] * decay.recent + kLastingShare * (lasting[slot] * decay.lasting));
         value = value < kForgotten ? 0.0f : value;
         uint32_t bits;
         memcpy(&bits, &value, 4);
-        t->keys[slot] = t->held[slot] ? kNoVictim : t->record_in[slot] < 0 ? 0 : bits + 1;
+        keys[slot] = bits + 1;
     }
+}
+
+// For each of the first `slots` a key that orders as victims go: free ones first. Returns how many there are.
+int64_t rank(fs_slots* t, int64_t slots) {
+    count_uses(t, slots, t->keys);
     int64_t possible = 0;
-    for (int64_t slot = 0; slot < slots; slot++) possible += t->keys[slot] != kNoVictim;
+    for (int64_t slot = 0; slot < slots; slot++) {
+        const uint32_t used = t->record_in[slot] < 0 ? 0 : t->keys[slot];
+        t->keys[slot] = t->held[slot] ? kNoVictim : used;
+        possible += !t->held[slot];
+    }
     return possible;
 }
 
