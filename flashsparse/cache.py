@@ -16,7 +16,7 @@ import numpy.typing as npt
 from flashsparse.native.slots import AHEAD, HIT, Bytes, Ints, Slots
 
 RECORD_BYTES = 12  # for each record of the layer: its slot and how often it was used
-SLOT_BYTES = 21  # for each slot: begin, record, what holds it, and room to choose victims
+SLOT_BYTES = 29  # for each slot: begin, record, how often that was used, what holds it, and room to choose victims
 
 
 class Round:

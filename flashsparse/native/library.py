@@ -79,7 +79,8 @@ class CSlots(ctypes.Structure):
     """fs_slots."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("slot_of", "record_in", "recent", "lasting", "held", "keys", "victims")),
+        *((name, c_void_p) for name in ("slot_of", "record_in", "recent", "lasting", "recent_in", "lasting_in")),
+        *((name, c_void_p) for name in ("held", "keys", "victims")),
         *((name, c_int64) for name in ("records", "slots", "step", "epoch", "numbers")),
         *((name, c_int64) for name in ("round", "committed", "reservation", "waiting")),
         *((name, c_int64) for name in ("touched", "holding")),

@@ -27,9 +27,10 @@ class Slots:
         self.slot_of = np.full(records, -1, np.int32)  # record -> slot; below -1: where it is being read to
         self.record_in = np.full(slots, -1, np.int32)  # slot -> record
         self._uses = np.zeros((2, records), np.float32)
+        self._uses_in = np.zeros((2, slots), np.float32)
         self.held = np.zeros(slots, np.uint8)
         self._scratch = np.zeros((2, slots), np.int32)
-        arrays = (self.slot_of, self.record_in, *self._uses, self.held, *self._scratch)
+        arrays = (self.slot_of, self.record_in, *self._uses, *self._uses_in, self.held, *self._scratch)
         self._c = CSlots(*(array.ctypes.data for array in arrays), records, slots)
         self._at = self.address = ctypes.addressof(self._c)
         self.records = records

@@ -176,6 +176,21 @@ def test_the_likeliest_are_read_first_and_a_quarter_of_the_slots_at_most(path: P
         layer.table.check()
 
 
+@pytest.mark.parametrize("least", [-1.0, 0.0, 1.0])
+def test_of_equal_scores_the_lower_records_are_read_ahead(path: Path, least: float) -> None:
+    """Against sorting them; zeros of both signs are equal, and what is in slots is not read."""
+    rng = np.random.default_rng(7)
+    scores = rng.choice([-0.0, 0.0, -1.0, 1.0, 2.0, np.nan, np.inf], RECORDS).astype(np.float32)
+    with Layer(path, 280, threads=1) as layer:
+        there = some(rng, 30)
+        layer.run(there, np.ones((1, D), np.float32))
+        layer.ahead(scores, least)
+        named = [i for i in np.argsort(-scores, kind="stable").tolist() if scores[i] >= least and i not in there]
+        assert np.flatnonzero(layer.table.native.slot_of < -1).tolist() == sorted(named[: 280 // 4])
+        layer.counters.tally(layer.rounds.drop())
+        layer.table.check()
+
+
 def test_hints_for_more_than_the_slots_hold_read_nothing(path: Path) -> None:
     with Layer(path, 100) as layer:
         layer.ahead(np.ones(RECORDS, np.float32), 0.5)

@@ -256,6 +256,25 @@ def test_a_table_takes_the_bytes_that_the_memory_plan_counts(slots: int) -> None
     assert sum(array.nbytes for array in arrays) == RECORD_BYTES * 4000 + SLOT_BYTES * slots
 
 
+@pytest.mark.parametrize("slots", [300, 1201])
+def test_victims_of_a_large_table_are_those_that_sorting_finds(slots: int) -> None:
+    """Many keys share their highest bits, many are equal; steps go beyond the one at which uses are counted anew."""
+    rng, records = np.random.default_rng(slots), 2500
+    table, recent, lasting = SlotTable(records, slots), *np.zeros((2, records), np.float32)
+    for step in range(150):
+        ids = np.flatnonzero(rng.random(records) < rng.choice([0.02, 0.08])).astype(np.int32)
+        before = table.native.record_in.copy()
+        run_all(table, ids.tolist())
+        keys = (recent * np.exp2(-step / 2) + 0.01 * (lasting * np.exp2(-step / 64))).astype(np.float32)
+        keys = np.where(before < 0, -1, np.where(np.isin(before, ids), np.inf, keys[before]))
+        missing = np.setdiff1d(ids, before)
+        expected = before.copy()
+        expected[np.sort(np.argsort(keys, kind="stable")[: len(missing)])] = missing
+        assert np.array_equal(table.native.record_in, expected)
+        recent[ids] += np.float32(2.0 ** (step / 2))
+        lasting[ids] += np.float32(2.0 ** (step / 64))
+
+
 @given(seed=st.integers(0, 2**32 - 1), pause=st.integers(1, 700))
 @settings(max_examples=10, deadline=None)
 def test_uses_are_compared_in_the_same_way_after_thousands_of_steps(seed: int, pause: int) -> None:

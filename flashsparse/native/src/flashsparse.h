@@ -168,6 +168,8 @@ typedef struct {
     int32_t* record_in;   // [slots] the record whose bytes are there, or -1
     float* recent;        // [records] how often it was used, in uses at step `epoch`, half as many 2 steps later
     float* lasting;       // [records] the same with 64 steps
+    float* recent_in;     // [slots] those of the record that is there, which count instead of [records] as long as it is
+    float* lasting_in;    // [slots] so that victims are found in few cache lines
     uint8_t* held;        // [slots] no victims: 1 of the open round, 2 read ahead
     uint32_t* keys;       // [slots] scratch
     int32_t* victims;     // [slots] scratch

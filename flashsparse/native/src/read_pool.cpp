@@ -31,11 +31,12 @@ struct Batch {
         : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), order(size_t(runs)), waiting(runs),
           later(for_later) {
         std::iota(order.begin(), order.end(), 0);
+        places.reserve(reads.size());
         for (const fs_read& read : reads) {
             auto at = reinterpret_cast<uintptr_t>(read.dest);
             places.push_back({at, at + uintptr_t(read.length)});
+            begin = std::min(begin, places.back().first), end = std::max(end, places.back().second);
         }
-        std::sort(places.begin(), places.end());
     }
     std::vector<fs_read> reads;
     std::vector<int32_t> firsts;  // the first read of each request, and the number of reads
@@ -47,9 +48,11 @@ struct Batch {
     bool failed = false;
     fs_read_error error{};
     std::condition_variable changed;
-    std::vector<std::pair<uintptr_t, uintptr_t>> places;  // destinations, first and last + 1, ascending
+    std::vector<std::pair<uintptr_t, uintptr_t>> places;  // destinations, first and last + 1; of all together:
+    uintptr_t begin = UINTPTR_MAX, end = 0;
+    bool ascending = false;  // the places are
 
-    bool overlaps(const Batch& other) const;
+    bool overlaps(Batch& other);
     bool finished() const { return waiting == 0 && in_flight == 0; }
 };
 
@@ -80,14 +83,21 @@ struct Staging {
     size_t total;
     uint8_t* memory = nullptr;
 };
-bool Batch::overlaps(const Batch& other) const {
-    auto a = places.begin(), b = other.places.begin();
-    while (a != places.end() && b != other.places.end()) {
-        if (a->first < b->second && b->first < a->second) return true;
-        if (a->second < b->second) ++a;
-        else ++b;
-    }
-    return false;
+
+// Layers have slots of their own, so that batches seldom come near each other: places are sorted only where they do, those
+// of the smaller batch.
+bool Batch::overlaps(Batch& other) {
+    if (end <= other.begin || other.end <= begin) return false;
+    Batch& few = places.size() < other.places.size() ? *this : other;
+    if (!few.ascending) std::sort(few.places.begin(), few.places.end());
+    few.ascending = true;
+    auto meets = [&](const std::pair<uintptr_t, uintptr_t>& place) {
+        auto ends_later = [](const auto& of, uintptr_t at) { return of.second <= at; };
+        auto found = std::lower_bound(few.places.begin(), few.places.end(), place.first, ends_later);
+        return found != few.places.end() && found->first < place.second;
+    };
+    const Batch& many = &few == this ? other : *this;
+    return std::any_of(many.places.begin(), many.places.end(), meets);
 }
 
 }  // namespace
@@ -114,7 +124,7 @@ struct fs_pool {
 
     void work(int index);
     Queue* ready();
-    void await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch);
+    void await_memory(std::unique_lock<std::mutex>& lock, Batch& batch);
     void drop_waiting(Batch& batch);
     void record(Batch& batch, int64_t run, const Outcome* outcomes);
     std::shared_ptr<Batch> find(int64_t id);
@@ -161,7 +171,7 @@ void fs_pool::stop() {
 }
 
 // A batch that its owner lost, interrupted before it could release it, must not write into memory that is used again.
-void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, const Batch& batch) {
+void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, Batch& batch) {
     auto in_the_way = [&](auto& entry) { return !entry.second->finished() && entry.second->overlaps(batch); };
     while (true) {
         auto it = std::find_if(batches_.begin(), batches_.end(), in_the_way);

@@ -41,32 +41,31 @@ struct Plan {
         std::iota(order.begin(), order.end(), 0);
         for (int64_t i = 0; i < n; i++) {
             int64_t position = home.data_offset + ids[i] * home.stride;
-            int64_t start = position / home.sector * home.sector, need = position - start + home.record_bytes;
-            int64_t length = (need + home.sector - 1) / home.sector * home.sector;
+            int64_t start = position & -home.sector, need = position - start + home.record_bytes;
+            int64_t length = (need + home.sector - 1) & -home.sector;
             home.begin[slots[i]] = position - start;
             reads[size_t(i)] = {start, length, need, home.slab + slots[i] * home.slot_bytes, home.fd, 0};
         }
         runs = fs_plan_reads(reads.data(), n, home.gap, home.longest, firsts.data(), &bytes);
     }
 
-    // Begins requests in the order of the lowest rank[i] among their records.
+    // Begins requests in the order of the lowest rank[i] among their records; the ranks are 0 to n - 1.
     void rank(const Numbers& rank) {
-        Numbers by(static_cast<size_t>(runs)), lowest(static_cast<size_t>(runs));
-        for (int64_t run = 0; run < runs; run++)
-            lowest[size_t(run)] = *std::min_element(&rank[size_t(firsts[size_t(run)])],
-                                                    &rank[0] + firsts[size_t(run) + 1]);
-        std::iota(by.begin(), by.end(), 0);
-        std::sort(by.begin(), by.end(), [&](int32_t a, int32_t b) { return lowest[size_t(a)] < lowest[size_t(b)]; });
-        std::vector<fs_read> moved;
-        Numbers begins{0}, numbers;
-        for (int32_t run : by) {
-            for (int32_t i = firsts[size_t(run)]; i < firsts[size_t(run) + 1]; i++) {
-                moved.push_back(reads[size_t(i)]);
-                numbers.push_back(i);
-            }
-            begins.push_back(int32_t(moved.size()));
+        const size_t n = rank.size();
+        run_of_.assign(n, -1);
+        for (int64_t run = 0; run < runs; run++) {
+            auto first = rank.begin() + firsts[size_t(run)], last = rank.begin() + firsts[size_t(run) + 1];
+            run_of_[size_t(*std::min_element(first, last))] = int32_t(run);
         }
-        reads.swap(moved), firsts.swap(begins), order.swap(numbers);
+        moved_.clear(), begins_.clear(), order.clear();
+        for (int32_t run : run_of_) {
+            if (run < 0) continue;
+            begins_.push_back(int32_t(moved_.size()));
+            for (int32_t i = firsts[size_t(run)]; i < firsts[size_t(run) + 1]; i++)
+                moved_.push_back(reads[size_t(i)]), order.push_back(i);
+        }
+        begins_.push_back(int32_t(n));
+        reads.swap(moved_), firsts.swap(begins_);
     }
 
     // Requests and bytes of those that bring a read with kept[i], whole requests.
@@ -83,6 +82,10 @@ struct Plan {
     std::vector<fs_read> reads;
     Numbers firsts, order;  // order[i]: which of the records asked for read i brings
     int64_t runs = 0, bytes = 0;
+
+  private:
+    Numbers run_of_, begins_;  // scratch
+    std::vector<fs_read> moved_;
 };
 
 // Reads in flight; released when it goes.

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <new>
 
+#include "likely.h"
 #include "requests.h"
 
 namespace {
@@ -24,6 +25,17 @@ struct OpenRound {
 
 // One layer's reads that began before its records were asked for.
 struct Ahead {
+    // Notes which of the records are among `ids`; returns how many.
+    int64_t want(const int32_t* some, int64_t n) {
+        wanted.assign(ids.size(), 0);
+        int64_t count = 0, at = 0;
+        for (size_t i = 0; i < ids.size(); i++) {
+            while (at < n && some[at] < ids[i]) at++;
+            count += wanted[i] = at < n && some[at] == ids[i];
+        }
+        return count;
+    }
+
     fs_home home{};  // slots NULL: none are in flight
     int64_t reservation = 0;
     Numbers ids, slots;
@@ -73,9 +85,11 @@ struct fs_rounds {
     const int32_t* ids_ = nullptr;
     int64_t n_ = 0;
     Numbers slots_, hits_, missing_, expected_, arrived_, some_ids_, some_slots_, cols_;
+    Numbers position_of_, there_;  // of the records read ahead; -1: not expected
     std::vector<int64_t> offsets_;
     std::vector<uint8_t> states_;
     Plan plan_;
+    Likely likely_;
 };
 
 void fs_rounds::divide(const int32_t* ids, int64_t n) {
@@ -128,17 +142,25 @@ bool fs_rounds::take_ahead(fs_tally& tally) {
 
 // Computes the expected records as they arrive; those that did not, because a read failed, are left in expected_.
 void fs_rounds::compute_ahead(fs_tally& tally) {
-    Numbers there, late;
-    do {
-        there.clear(), late.clear();
-        size_t record = 0;
-        for (int32_t position : expected_) {
-            while (present().ids[record] < ids_[position]) record++;
-            (present().arrived[record] ? there : late).push_back(position);
-        }
-        compute(there);
-        expected_ = late;
-    } while (take_ahead(tally));
+    const Ahead& a = present();
+    position_of_.assign(a.ids.size(), -1);
+    size_t record = 0;
+    there_.clear();
+    for (int32_t position : expected_) {
+        while (a.ids[record] < ids_[position]) record++;
+        position_of_[record] = position;
+        if (a.arrived[record]) there_.push_back(position);
+    }
+    compute(there_);
+    while (take_ahead(tally)) {
+        there_.clear();
+        for (int32_t arrived : arrived_)
+            if (position_of_[size_t(arrived)] >= 0) there_.push_back(position_of_[size_t(arrived)]);
+        compute(there_);
+    }
+    expected_.clear();
+    for (size_t i = 0; i < a.ids.size(); i++)
+        if (position_of_[i] >= 0 && !a.arrived[i]) expected_.push_back(position_of_[i]);
 }
 
 // Adds up in ascending order.
@@ -226,13 +248,10 @@ bool fs_rounds::claim(const fs_home& home, const int32_t* ids, int64_t n, fs_tal
     Ahead& a = present();
     if (!a.home.slots) return false;
     const bool fits = a.home.slots == home.slots && fs_slots_fits(home.slots, ids, n);
-    a.wanted.assign(a.ids.size(), 0);
-    int64_t count = 0;
-    for (size_t i = 0; i < a.ids.size() && fits; i++) count += a.wanted[i] = std::binary_search(ids, ids + n, a.ids[i]);
+    int64_t count = fits ? a.want(ids, n) : a.want(nullptr, 0);
     // While slots are held, records read in vain give theirs up before a request takes a new one.
     if (fits && home.slots->holding && n + int64_t(a.ids.size()) - count > home.slots->touched) {
-        a.wanted.assign(a.ids.size(), 0);
-        count = 0;
+        count = a.want(nullptr, 0);
     }
     const bool any = count > 0;
     std::vector<uint8_t> kept = a.wanted;
@@ -269,28 +288,21 @@ void fs_rounds::drop_all(fs_tally& tally) {
 int32_t fs_rounds::ahead(const fs_home& home, const float* scores, float least, fs_tally& tally) {
     drop(tally);
     fs_slots* table = home.slots;
-    Numbers fresh, held;
-    for (int64_t i = 0; i < table->records; i++)
-        if (scores[i] >= least) (table->slot_of[i] < 0 ? fresh : held).push_back(int32_t(i));
+    likely_.find(*table, scores, least);
     const int64_t slots = table->holding ? table->touched : table->slots;  // while held, nothing grows for a hint
-    int64_t left = slots - int64_t(held.size()), most = std::min(slots / kAheadShare, left);
-    if (int64_t(fresh.size()) > left) most = 0;  // the layer will take several rounds: there is no room
-    auto likelier = [&](int32_t a, int32_t b) { return scores[a] != scores[b] ? scores[a] > scores[b] : a < b; };
-    std::sort(fresh.begin(), fresh.end(), likelier);
-    fresh.resize(size_t(std::clamp<int64_t>(most, 0, int64_t(fresh.size()))));
-    if (fresh.empty()) return FS_DONE;
+    const int64_t left = slots - int64_t(likely_.held.size());
+    // More absent records than that: the layer will take several rounds, and there is no room.
+    const int64_t most = int64_t(likely_.fresh.size()) > left ? 0 : std::min(slots / kAheadShare, left);
+    if (likely_.fresh.empty() || most <= 0) return FS_DONE;
+    likely_.order(scores, size_t(most));
     Ahead& a = present();
-    a.ids = fresh;
-    std::sort(a.ids.begin(), a.ids.end());
-    Numbers rank(fresh.size());
-    for (size_t i = 0; i < fresh.size(); i++)
-        rank[size_t(std::lower_bound(a.ids.begin(), a.ids.end(), fresh[i]) - a.ids.begin())] = int32_t(i);
-    a.arrived.assign(fresh.size(), 0);
-    a.reservation = fs_slots_reserve(table, a.ids.data(), int64_t(a.ids.size()), held.data(), int64_t(held.size()),
-                                     room(a.slots, int64_t(a.ids.size())));
+    a.ids = likely_.fresh;
+    a.arrived.assign(a.ids.size(), 0);
+    a.reservation = fs_slots_reserve(table, a.ids.data(), int64_t(a.ids.size()), likely_.held.data(),
+                                     int64_t(likely_.held.size()), room(a.slots, int64_t(a.ids.size())));
     if (a.reservation < 0) return FS_BAD_IDS;
     a.plan.make(home, a.ids.data(), a.slots.data(), int64_t(a.ids.size()));
-    a.plan.rank(rank);
+    a.plan.rank(likely_.rank);
     a.home = home, a.claimed = a.failed = false;
     if (int32_t status = a.batch.submit(pool_, a.plan)) {
         a.claimed = a.failed = true;

@@ -13,7 +13,8 @@ extern "C" {
 typedef struct fs_rounds fs_rounds;
 
 // Where one layer's records lie (in `fd`, record i at data_offset + i * stride) and are kept (slot s at slab + s *
-// slot_bytes, its record at byte begin[s] of it). sector: what reads are rounded out to; gap, longest: of fs_plan_reads.
+// slot_bytes, its record at byte begin[s] of it). sector: what reads are rounded out to, a power of two; gap, longest: of
+// fs_plan_reads.
 typedef struct {
     fs_slots* slots;
     int64_t* begin;

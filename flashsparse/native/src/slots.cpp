@@ -28,13 +28,30 @@ struct Decay {
     double recent, lasting;
 };
 
-// How often the record was used, decayed to the present, as a number that orders like it.
-uint32_t key(const fs_slots* t, int32_t record, const Decay& decay) {
-    auto value = float(t->recent[record] * decay.recent + kLastingShare * (t->lasting[record] * decay.lasting));
-    if (value < kForgotten) value = 0;
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    return bits;
+// How often the records in the first `slots` were used, decayed to the present, as numbers that order like it; more than 0.
+// A loop without conditions, which compilers make vectors of.
+void count_uses(const fs_slots* t, int64_t slots, uint32_t* keys) {
+    const Decay decay(t->epoch - t->step);
+    const float *recent = t->recent_in, *lasting = t->lasting_in;
+    for (int64_t slot = 0; slot < slots; slot++) {
+        auto value = float(recent[slot] * decay.recent + kLastingShare * (lasting[slot] * decay.lasting));
+        value = value < kForgotten ? 0.0f : value;
+        uint32_t bits;
+        memcpy(&bits, &value, 4);
+        keys[slot] = bits + 1;
+    }
+}
+
+// For each of the first `slots` a key that orders as victims go: free ones first. Returns how many there are.
+int64_t rank(fs_slots* t, int64_t slots) {
+    count_uses(t, slots, t->keys);
+    int64_t possible = 0;
+    for (int64_t slot = 0; slot < slots; slot++) {
+        const uint32_t used = t->record_in[slot] < 0 ? 0 : t->keys[slot];
+        t->keys[slot] = t->held[slot] ? kNoVictim : used;
+        possible += !t->held[slot];
+    }
+    return possible;
 }
 
 struct Limit {
@@ -42,20 +59,22 @@ struct Limit {
     int64_t equal;  // how many keys that are the same belong to those looked for
 };
 
-// The largest of the `count` smallest keys (at least one), found by counting from the highest bits on.
-Limit smallest(const uint32_t* keys, int64_t n, int64_t count) {
-    constexpr int kShifts[] = {21, 10, 0}, kBits[] = {11, 11, 10};
-    uint32_t prefix = 0, mask = 0;
-    for (int level = 0; level < 3; level++) {
-        int32_t found[1 << 11] = {};
-        const uint32_t below = (1u << kBits[level]) - 1;
-        for (int64_t i = 0; i < n; i++)
-            if ((keys[i] & mask) == prefix) found[keys[i] >> kShifts[level] & below]++;
-        uint32_t digit = 0;
-        while (found[digit] < count) count -= found[digit++];
-        prefix |= digit << kShifts[level], mask |= below << kShifts[level];
+// The largest of the `count` smallest keys (at least one): their highest bits by counting, the rest among the few keys that
+// agree in these. some [n]: scratch.
+Limit smallest(const uint32_t* keys, int64_t n, int64_t count, uint32_t* some) {
+    constexpr int kShift = 21;
+    int32_t found[1 << (32 - kShift)] = {};
+    for (int64_t i = 0; i < n; i++) found[keys[i] >> kShift]++;
+    uint32_t digit = 0;
+    while (found[digit] < count) count -= found[digit++];
+    int64_t alike = 0;
+    for (int64_t i = 0; i < n && alike < found[digit]; i++) {
+        some[alike] = keys[i];
+        alike += keys[i] >> kShift == digit;
     }
-    return {prefix, count};
+    std::nth_element(some, some + count - 1, some + alike);
+    const uint32_t key = some[count - 1];
+    return {key, count - std::count_if(some, some + count - 1, [&](uint32_t other) { return other < key; })};
 }
 
 // The slots among which `count` victims are found: while holding no more beyond those touched than that takes.
@@ -66,36 +85,28 @@ int64_t within(const fs_slots* t, int64_t count) {
     return std::min(t->slots, t->touched + std::max<int64_t>(0, count - possible));
 }
 
+void leave(fs_slots* t, int64_t slot) {
+    const int32_t record = t->record_in[slot];
+    if (record < 0) return;
+    t->recent[record] = t->recent_in[slot];
+    t->lasting[record] = t->lasting_in[slot];
+    t->slot_of[record] = -1;
+    t->record_in[slot] = -1;
+}
+
 // Empties `count` slots and writes them in ascending order: free ones, then those with the smallest keys, of equal ones
 // the lower slots. False, and nothing is changed, when so many are not to be had.
 bool evict(fs_slots* t, int64_t count, uint8_t mark, int32_t* victims) {
     if (!count) return true;
-    const Decay decay(t->epoch - t->step);
     const int64_t slots = within(t, count);
-    int64_t free = 0, used = 0;
-    for (int64_t slot = 0; slot < slots; slot++) free += t->record_in[slot] < 0 && !t->held[slot];
-    Limit limit{0, 0};
-    if (count > free) {
-        for (int64_t slot = 0; slot < slots; slot++) {
-            bool possible = t->record_in[slot] >= 0 && !t->held[slot];
-            t->keys[slot] = possible ? key(t, t->record_in[slot], decay) : kNoVictim;
-            used += possible;
-        }
-        if (count - free > used) return false;
-        limit = smallest(t->keys, slots, count - free);
-    }
-    const bool all_free = count > free;
+    if (rank(t, slots) < count) return false;
+    Limit limit = smallest(t->keys, slots, count, reinterpret_cast<uint32_t*>(t->victims));
     for (int64_t slot = 0; count > 0; slot++) {
-        int32_t record = t->record_in[slot];
-        if (t->held[slot]) continue;
-        if (record >= 0) {
-            if (!all_free || t->keys[slot] > limit.key || (t->keys[slot] == limit.key && limit.equal-- <= 0)) continue;
-            t->slot_of[record] = -1;
-            t->record_in[slot] = -1;
-        }
+        if (t->keys[slot] > limit.key || (t->keys[slot] == limit.key && limit.equal-- <= 0)) continue;
+        leave(t, slot);
         t->held[slot] = mark;
         *victims++ = int32_t(slot);
-        if (slot >= t->touched) t->touched = slot + 1;
+        t->touched = std::max(t->touched, slot + 1);
         count--;
     }
     return true;
@@ -108,15 +119,18 @@ void hold(fs_slots* t, const int32_t* ids, int64_t n, bool on) {
 
 void place(fs_slots* t, int32_t record, int32_t slot) {
     t->record_in[slot] = record;
+    t->recent_in[slot] = t->recent[record];
+    t->lasting_in[slot] = t->lasting[record];
     t->slot_of[record] = slot;
     t->held[slot] = 0;
 }
 
-void use(fs_slots* t, const int32_t* ids, int64_t n) {
+// The records in these slots are used now.
+void use(fs_slots* t, const int32_t* slots, int64_t n) {
     const Decay one(t->step - t->epoch);
     for (int64_t i = 0; i < n; i++) {
-        t->recent[ids[i]] += float(one.recent);
-        t->lasting[ids[i]] += float(one.lasting);
+        t->recent_in[slots[i]] += float(one.recent);
+        t->lasting_in[slots[i]] += float(one.lasting);
     }
 }
 
@@ -180,7 +194,7 @@ int32_t fs_slots_commit(fs_slots* t, int64_t round, const int32_t* ids, int64_t 
         if (states[i] != kHit) place(t, ids[i], slots[i]);
         t->waiting -= states[i] == kAhead;
     }
-    use(t, ids, n);
+    use(t, slots, n);
     t->committed = 1;
     return 0;
 }
@@ -221,7 +235,7 @@ void fs_slots_settle(fs_slots* t, int64_t reservation, const int32_t* ids, int64
         t->held[slots[i]] = 0;
         if (!arrived[i]) continue;
         place(t, ids[i], slots[i]);
-        if (used) use(t, ids + i, 1);
+        if (used) use(t, slots + i, 1);
     }
     t->reservation = t->waiting = 0;
 }
@@ -229,11 +243,11 @@ void fs_slots_settle(fs_slots* t, int64_t reservation, const int32_t* ids, int64
 void fs_slots_end_step(fs_slots* t) {
     if (++t->step - t->epoch < kRescale) return;
     const Decay decay(-kRescale);
-    auto less = [](float uses, double by) { return uses * by < kForgotten ? 0.0f : float(uses * by); };
-    for (int64_t record = 0; record < t->records; record++) {
-        t->recent[record] = less(t->recent[record], decay.recent);
-        t->lasting[record] = less(t->lasting[record], decay.lasting);
-    }
+    auto less = [](float* uses, int64_t n, double by) {
+        for (int64_t i = 0; i < n; i++) uses[i] = uses[i] * by < kForgotten ? 0.0f : float(uses[i] * by);
+    };
+    less(t->recent, t->records, decay.recent), less(t->recent_in, t->slots, decay.recent);
+    less(t->lasting, t->records, decay.lasting), less(t->lasting_in, t->slots, decay.lasting);
     t->epoch = t->step;
 }
 

@@ -1,6 +1,10 @@
 // The compute threads: helpers spin for some microseconds after a run, then sleep.
 #include "workers.h"
 
+#include <algorithm>
+
+#include "apart.h"
+
 namespace {
 
 constexpr int kSpins = 4000;  // some 20 to 100 microseconds: a decode step's pause between two products
@@ -52,6 +56,20 @@ void fs_workers::share_out(int64_t tasks) {
         shares_[i].tasks.store(range(count * i / threads, count * (i + 1) / threads), std::memory_order_relaxed);
 }
 
+// Moves helpers off the processors that the caller and those before them are on.
+void fs_workers::spread() {
+    shares_[0].processor = fs::processor();
+    for (size_t i = 1; i < shares_.size(); i++) {
+        const int own = shares_[i].processor;
+        auto same = [&](const Share& other) { return other.processor == own; };
+        if (own < 0 || std::none_of(shares_.begin(), shares_.begin() + int64_t(i), same)) continue;
+        shares_[i].processor = -1;
+        std::vector<int> taken;
+        for (const Share& other : shares_) taken.push_back(other.processor);
+        fs::keep_off(helpers_[i - 1], taken);
+    }
+}
+
 // The first task of a thread's own share, or -1.
 int64_t fs_workers::next(int index) {
     auto& tasks = shares_[size_t(index)].tasks;
@@ -89,6 +107,7 @@ void fs_workers::run(Task function, const void* context, int64_t tasks, size_t s
     function_ = function, context_ = context, scratch_floats_ = scratch_floats;
     share_out(tasks);
     if (tasks == 1 || helpers_.empty()) return work(0);
+    spread();
     open_ = true;
     generation_++;
     if (sleepers_ > 0) {
@@ -120,6 +139,7 @@ void fs_workers::help(int index) {
     for (uint64_t seen = 0; wait_for_work(seen);) {
         seen = generation_;
         joined_++;
+        shares_[size_t(index)].processor = fs::processor();
         if (open_) work(index);
         joined_--;
     }

@@ -31,11 +31,13 @@ struct fs_workers {
     // Tasks begin..end - 1 that a thread has before it, in one word: begin in its upper half, end in its lower.
     struct alignas(64) Share {
         std::atomic<uint64_t> tasks{0};
+        std::atomic<int> processor{-1};  // where it was when it last began; -1: not known
     };
 
     void help(int index);
     bool wait_for_work(uint64_t seen);
     void share_out(int64_t tasks);
+    void spread();
     int64_t next(int index);
     bool take_over(int index);
     void work(int index);
