@@ -1,5 +1,5 @@
 // On which processors threads run. Two compute threads on one processor take twice as long, and while read threads wake all
-// the time on another, the kernel's balancing never finds that one idle for long enough to move either.
+// the time on another, the system's balancing seldom finds that one idle for long enough to move either.
 #pragma once
 
 #include <thread>
