@@ -256,10 +256,15 @@ class Engine:
             if self._decoder is None:
                 raise SessionError("the engine is closed; load the pack again")
             self._relief.step()
-            computed, reading = self._computed(), self._reading()
+            computed, reading, loaded = self._computed(), self._reading(), self._loaded()
             yield self._decoder
             self.counters.compute_s += self._computed() - computed
-            self._count_reading(reading)
+            if loaded:  # else the pool reads weights too, which `flash_bytes` leaves out
+                self._count_reading(reading)
+
+    def _loaded(self) -> bool:
+        """Whether all resident weights are there."""
+        return self._pack is None or self._pack.loading is None or self._pack.loading.over
 
     def _computed(self) -> float:
         """Seconds that this thread has spent in kernels that count them."""

@@ -40,11 +40,11 @@ def stage_of(info: TensorInfo, layers: int) -> int:
 class Loading:
     """Begins to read all that `stores` hold for a model of `layers` layers. One thread at a time waits.
 
-    `failed`: whether a wait found that reading failed; what should have come is not there then.
+    `failed`: whether reading is known to have failed; what should have come is not there then.
     """
 
     def __init__(self, pool: ReadPool, stores: Sequence[ResidentStore], layers: int) -> None:
-        self.failed = False
+        self.failed = self._released = False
         self._pool, self._stores = pool, stores  # kept: their memory must live while anything is read into it
         self._last, self._there = 1 + layers, -1
         self._batches: dict[int, Batch] = {}
@@ -77,10 +77,15 @@ class Loading:
         return self._there >= self._last
 
     def wait(self, stage: int | None = None) -> None:
-        """Until everything of that stage (None: all) and of those before it is there. Raises FlashReadError."""
+        """Until everything of that stage (None: all) and of those before it is there. Raises FlashReadError.
+
+        And ValueError after `release`, for what was dropped.
+        """
         until = self._last if stage is None else min(stage, self._last)
         while self._there < until:
             batch = self._batches.get(self._there + 1)
+            if batch is None and self._released:
+                raise ValueError("these weights were dropped before they came")
             if batch is not None:
                 with self._failing():
                     batch.wait()
@@ -110,6 +115,7 @@ class Loading:
 
     def release(self) -> None:
         """Drop the reads that have not begun and wait for those in flight. Idempotent; what is there stays."""
+        self._released = True
         while self._batches:
             at = next(reversed(self._batches))  # the last first: none of them begins meanwhile
             self._batches[at].release()

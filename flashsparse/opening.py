@@ -44,9 +44,11 @@ class OpenPack:
     loading: Loading | None = None
 
     def close(self) -> None:
-        """After its reads, which are dropped."""
+        """After its reads, which are dropped. Keeps neither the weights nor the read pool."""
         if self.loading is not None:
             self.loading.release()
+        self.loading = None
+        self.stores.clear()
         for file in self.files:
             file.close()
 

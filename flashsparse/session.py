@@ -146,6 +146,11 @@ class Session:
             found.read_cache()
             self._replace(found.tokens, found.held)
 
+    @property
+    def closed(self) -> bool:
+        """Whether the session has ended: by `close`, or with its engine."""
+        return self._closed
+
     def close(self) -> None:
         """Give the KV cache back to the engine, after the step that another thread is in."""
         if not self._closed:

@@ -96,9 +96,11 @@ class Chat:
                 self.command(text.strip()) if text.startswith("/") else self.answer(text)
             except KeyboardInterrupt:
                 click.echo("(stopped)", err=True)
-            except Exception as error:  # whatever went wrong, the conversation is still there
+            except Exception as error:  # the conversation is still there, unless the engine had to close
                 if isinstance(error, BrokenPipeError) or getattr(error, "filename", None) == STDOUT:
                     raise  # nobody can read the replies
+                if self.conversation.session.closed:
+                    raise
                 click.echo(f"flashsparse: {_one_line(error)}", err=True)
 
     def answer(self, text: str) -> None:

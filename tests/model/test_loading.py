@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -160,12 +163,15 @@ def test_a_late_read_that_fails_is_raised_and_closes_the_engine(
     data, info = resident.read_bytes(), read_header(resident).tensors["model.layers.2.self_attn.q_proj.weight"]
     threads = threading.active_count()
     with flashsparse.load(path, slots=100) as engine, engine.session() as session:
+        assert engine._pack is not None and engine._pack.loading is not None
+        loading = engine._pack.loading
         os.truncate(resident, info.end - 4096)
         with pytest.raises(FlashReadError, match=r"resident\.safetensors.* the file ends") as failed:
             session.logits(calls[0])
         assert failed.value.offset < info.end <= failed.value.offset + failed.value.length
-        assert engine._pool is None and engine._pack is not None and engine._pack.loading is not None
-        assert not engine._pack.loading._batches
+        assert engine._pool is None and engine._pack is not None
+        assert engine._pack.loading is None and not engine._pack.stores and not loading._batches
+        assert session.closed
         with pytest.raises(SessionError, match="closed"):
             session.logits([3])
         with pytest.raises(SessionError, match="closed"):
@@ -182,9 +188,15 @@ def test_a_read_that_has_failed_when_loading_ends_is_raised_there(
     path = MAKERS["exact"](tmp_path)
     resident = path / "resident.safetensors"
     end, submit = read_header(resident).tensors["lm_head.weight"].end, ReadPool.submit
-    monkeypatch.setattr("flashsparse.loading.LAST", set())  # the head is read first, and cut short
-    info = TensorInfo("lm_head.weight", "F16", (1, 1), 0, 0)
-    assert stage_of(info, 3) == FIRST
+    wait = Loading.wait
+
+    def all_over(loading: Loading, stage: int | None = None) -> None:
+        wait(loading, stage)
+        for batch in loading._batches.values():  # the head's fails, and nobody has asked for it
+            with contextlib.suppress(FlashReadError):
+                batch.wait()
+
+    monkeypatch.setattr(Loading, "wait", all_over)
 
     def truncate(pool: ReadPool, *arguments: Any, later: bool = False) -> Batch:
         if later and resident.stat().st_size >= end:
@@ -238,7 +250,14 @@ def test_closing_drops_what_is_still_to_be_read(tmp_path: Path, monkeypatch: pyt
     engine = flashsparse.load(path, slots=100)
     waiting = len(held_back[-1])
     assert engine._pool is not None and engine._pool.pause() >= waiting > 0
-    engine.close()
     assert engine._pack is not None and engine._pack.loading is not None
+    loading, stores = engine._pack.loading, [weakref.ref(store) for store in engine._pack.stores]
+    engine.close()
+    assert not loading._batches
+    with pytest.raises(ValueError, match="dropped"):
+        loading.wait()
+    del loading
+    gc.collect()
+    assert not any(store() for store in stores)  # a closed engine keeps no weights
     assert not any(batch._open for batch in held_back)
     assert threading.active_count() == threads

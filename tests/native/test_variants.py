@@ -71,6 +71,46 @@ def test_products_that_are_not_finite(kind: str, bad: float) -> None:
     assert np.isnan(new.view(np.float32)[1]).all() and np.isfinite(new.view(np.float32)[0]).all()
 
 
+@pytest.mark.parametrize("dtype", ["F16", "BF16", "F32"])
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (8, 1)])
+@pytest.mark.parametrize("window", [0, 11])
+def test_attention(dtype: str, tokens: int, heads: int, kv_heads: int, window: int) -> None:
+    size, offset = 40, 30
+    k, v = (store(normal(kv_heads * 64, size, seed=i), dtype).data.reshape(kv_heads, 64, size) for i in (1, 2))
+    q = normal(tokens, heads, size)
+
+    def call() -> np.ndarray:
+        out = np.empty((tokens, heads, size), np.float32)
+        with native.Workers(2) as workers:
+            native.attention(workers, q, k, v, dtype, offset, window, size**-0.5, out)
+        return out
+
+    new, old = bits_of(call)
+    assert np.array_equal(new, old) and new.any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_scores(bits: int, tokens: int) -> None:
+    columns, random = 320, np.random.default_rng(bits)
+    words = random.integers(0, 256, ROWS * columns * bits // 8, np.uint8)
+    parts = random.standard_normal((2, ROWS * columns // 64)).astype(np.float16)
+    scales, biases = parts[0].ctypes.data, parts[1].ctypes.data
+    kinds = native.DTYPES[f"Q{bits}"], scales, biases, native.DTYPES["F16"], 64, (words, parts)
+    matrix = native.Matrix(words.ctypes.data, ROWS, columns, *kinds)
+    x = normal(tokens, columns)
+
+    def call() -> np.ndarray:
+        out = np.empty((tokens, ROWS), np.float32)
+        with native.Workers(2) as workers:
+            native.score(workers, matrix, None, x, out)
+        return out
+
+    new, old = bits_of(call)
+    assert np.array_equal(new, old) and new.any()
+
+
 @pytest.mark.parametrize(("kind", "group"), KINDS)
 @pytest.mark.parametrize("tokens", [1, 6])
 @pytest.mark.parametrize("active", [0, 1, 5, ROWS])

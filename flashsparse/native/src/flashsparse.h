@@ -53,7 +53,7 @@ typedef struct {
 } fs_record;
 
 FS_API int32_t fs_abi_version(void);
-FS_API const char* fs_isa(void);                // the variant in use: "avx2" or "portable"
+FS_API const char* fs_isa(void);                // the variant in use: "avx512", "avx2" or "portable"
 FS_API int32_t fs_set_isa(const char* name);    // 0, or -1 when this machine or build lacks it; not while kernels run
 
 // `threads` counts the calling thread. One call at a time works on a set of workers; further callers wait.

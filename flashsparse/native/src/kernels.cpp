@@ -1,6 +1,7 @@
-// The kernels of one variant, over tasks of a job. Compiled once per instruction set with FS_TABLE naming the table.
+// The kernels of one variant, over tasks of a job. Compiled once per instruction set, which names the table.
 // No standard library templates here: their out-of-line copies would be shared with code for other machines.
 #include "attention.h"
+#include "down.h"
 #include "ffn.h"
 #include "linear.h"
 #include "score.h"

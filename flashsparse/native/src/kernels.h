@@ -118,7 +118,7 @@ extern const Kernels portable_kernels;
 extern const Kernels avx2_kernels;
 #endif
 #if defined(FS_HAVE_AVX512)
-extern const Kernels avx512_kernels;  // gives the bits of avx2_kernels
+extern const Kernels avx512_kernels;  // gives the bits of avx2_kernels (down.h: where float scales are 2^-102 or more)
 #endif
 
 }  // namespace fs

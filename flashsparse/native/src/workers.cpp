@@ -56,8 +56,9 @@ void fs_workers::share_out(int64_t tasks) {
         shares_[i].tasks.store(range(count * i / threads, count * (i + 1) / threads), std::memory_order_relaxed);
 }
 
-// Moves helpers off the processors that the caller and those before them are on.
+// Moves helpers off the processors that the caller and those before them are on, where there are enough for all.
 void fs_workers::spread() {
+    if (processors_ && shares_.size() > processors_) return;
     shares_[0].processor = fs::processor();
     for (size_t i = 1; i < shares_.size(); i++) {
         const int own = shares_[i].processor;

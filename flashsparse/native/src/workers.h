@@ -43,6 +43,7 @@ struct fs_workers {
     void work(int index);
     float* scratch(int index);
 
+    const size_t processors_ = std::thread::hardware_concurrency();  // 0: not known
     std::mutex caller_;  // one run at a time
     std::mutex sleep_;
     std::condition_variable wake_;
