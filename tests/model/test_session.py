@@ -449,6 +449,25 @@ def test_an_unexpected_error_is_one_line_too(
     assert len(output.out.split()) == 2
 
 
+def test_a_chat_ends_when_the_engine_had_to_close(
+    engine: flashsparse.Engine, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import io
+
+    from flashsparse.cli import chat
+    from flashsparse.cli.options import Sampling
+
+    def lost(self: flashsparse.Session, *_: object, **__: object) -> None:  # as when resident weights cannot be read
+        engine.close()
+        raise flashsparse.FlashReadError("resident.safetensors: the file ends", "resident.safetensors", 0, 4096, 0)
+
+    monkeypatch.setattr(flashsparse.Session, "generate", lost)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("1 2\n3\n4\n"))
+    with pytest.raises(flashsparse.FlashReadError, match="the file ends"):
+        chat.talk(engine, Sampling(max_tokens=2))
+    assert capsys.readouterr().err == ""
+
+
 def test_logits_after_the_last_token_alone(pack: Path) -> None:
     ids = list(range(1, 90))
     with flashsparse.load(pack, slots=64) as engine:

@@ -334,7 +334,7 @@ class FakeSession:
         self.tokens: list[int] = []
         self.fed: list[str] = []
         self.cleared, self.fail = 0, fail
-        self.full = False
+        self.full = self.closed = False
 
     def generate(self, prompt: str | Sequence[int], **options: Any) -> Iterator[FakePiece]:
         self.options = options
