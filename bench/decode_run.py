@@ -13,9 +13,10 @@ import argparse
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -89,7 +90,11 @@ def run(args: argparse.Namespace, rung: Rung, tokens: list[int], hot: list[list[
             sets = Decode(engine, tokens, args.prompt, native).run().sets
             if rung.forgets:
                 forget(engine)
-        return Decode(engine, tokens, args.prompt, native, rung, sets).run().report(hot)
+        decode = Decode(engine, tokens, args.prompt, native, rung, sets).run()
+        found = decode.report()
+    # What this takes comes after the engine's memory, not on top of it.
+    telling = rung.load.get("tier") != "dense" and len(decode.steps) > max(LAGS)
+    return {**found, "measured": decode.measured(hot) if telling else {}}
 
 
 class Decode:
@@ -106,7 +111,10 @@ class Decode:
     ) -> None:
         self.engine, self.tokens, self.prompt = engine, tokens, prompt
         self.native, self.rung, self.recorded = native, rung, recorded
-        self.sets: Sets = []
+        # Of hundreds of tokens they take tens of megabytes, which would count as the engine's.
+        self._recorded: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._sizes: list[tuple[int, int]] = []  # layer, bytes
+        self._dtype = np.uint16 if engine.manifest.intermediate_size <= 65536 else np.int32
         self.best: list[int] = []
         self.steps: list[float] = []
         self.digest = hashlib.sha256()
@@ -148,14 +156,29 @@ class Decode:
         return self.engine._pool.counters.reads
 
     def _observe(self, layer: int, ids: np.ndarray) -> None:
-        if layer == 0:
-            self.sets.append([])
-        self.sets[-1].append(ids.astype(np.uint16 if ids.size == 0 or ids[-1] < 65536 else np.int32))
+        data = ids.astype(self._dtype).tobytes()
+        self._recorded.write(data)
+        self._sizes.append((layer, len(data)))
 
-    def report(self, hot: list[list[int]] | None) -> dict[str, Any]:
-        engine, count = self.engine, len(self.steps)
+    @property
+    def sets(self) -> Sets:
+        """The neurons that each token needed in each layer."""
+        self._recorded.seek(0)
+        found: Sets = []
+        for layer, nbytes in self._sizes:
+            if layer == 0:
+                found.append([])
+            found[-1].append(np.frombuffer(self._recorded.read(nbytes), self._dtype))
+        return found
+
+    def measured(self, hot: list[list[int]] | None) -> dict[str, float]:
+        """The activity of the recorded sets."""
         by_layer = [list(layer) for layer in zip(*self.sets, strict=True)]
-        whole = bool(self.rung and self.rung.load.get("tier") == "dense")
+        return measure(by_layer, self.engine.manifest.intermediate_size, hot)
+
+    def report(self) -> dict[str, Any]:
+        """What decoding cost."""
+        engine, count = self.engine, len(self.steps)
         context = self.prompt + count / 2
         return {
             "decode_tps": count / sum(self.steps),
@@ -163,9 +186,6 @@ class Decode:
             "load_s": engine.load_s,
             "median_step_s": float(np.median(self.steps)),
             "slowest_step_s": max(self.steps),
-            "measured": {}
-            if whole or count <= max(LAGS)
-            else measure(by_layer, engine.manifest.intermediate_size, hot),
             **figures(self.cost, self.native, count, sum(self.steps)),
             "flash_reads_per_token": self.reads / count,
             "cpu_s": self.cpu_s / count,
