@@ -30,8 +30,8 @@ class Counters:
     (`prefetch_used` of the `prefetched`); `prefetch_wasted_bytes` were read for records that were not needed. `hint_s`
     are spent on naming and starting reads ahead, `overlap_s` on computing hits while misses were read. `readbacks` are
     the host's waits for the GPU. `reading_s` are seconds in which a read was in flight, `in_flight_s` those of all
-    reads together, neither of a step that waits for resident weights, whose `io_wait_s` includes that. `resumed` counts tokens
-    that were planned whole and had to be computed again in part.
+    reads together, neither of a step that waits for resident weights, whose `io_wait_s` includes that. `resumed` counts
+    tokens that were planned whole and had to be computed again in part.
     `embedding_reads` and `embedding_bytes` are those of the flash reads that brought rows of the embedding; the waiting
     for them is in `io_wait_s`.
     """
