@@ -119,6 +119,7 @@ class Engine:
         self._pack: OpenPack | None = None
         self._curve = curve = known_curve(Path(path))
         self.notes = curve_notes(curve)  # what a user should know about this machine before it reads
+        self.drive_measured = curve is not None
         try:
             self._pack = open_pack(
                 Path(path),

@@ -5,6 +5,7 @@ Owns names, defaults and help of the options; what they mean is decided by flash
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -160,5 +161,10 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
     )
     for note in engine.notes:
         click.echo(note, err=True)
+    if err and not engine.drive_measured and sys.stderr.isatty():  # advice is for people, not for logs
+        click.echo(
+            "this drive has not been measured: `flashsparse doctor` takes some seconds, and reads follow its curve then",
+            err=True,
+        )
     with engine:
         yield engine

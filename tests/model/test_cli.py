@@ -184,6 +184,20 @@ def test_generate_errors_are_one_line(run: Run, pack: Path, args: list[str], sta
     assert "Traceback" not in done.stderr
 
 
+def test_a_person_is_told_that_the_drive_was_not_measured(
+    home: None, bare_pack: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flashsparse.cli.options import Memory, open_engine
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with open_engine(bare_pack, Memory()) as engine:
+        assert not engine.drive_measured
+    assert "flashsparse doctor" in capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with open_engine(bare_pack, Memory()):
+        assert "doctor" not in capsys.readouterr().err
+
+
 def test_prompts_without_a_tokenizer_are_ids(run: Run, bare_pack: Path) -> None:
     done = run("generate", bare_pack, "-p", "once upon")
     assert done.returncode == 2
