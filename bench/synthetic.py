@@ -37,7 +37,7 @@ Floats = npt.NDArray[np.float32]
 _BRANCH = 0.02  # norm of what attention or FFN adds, relative to the residual stream
 _LATENT, _CONSTANT = 0.6, 0.4  # a and b above; e completes the norm
 _BLOCK = 1024  # rows made at a time
-_POOL = 1 << 22  # random values that filler matrices are cut from
+_POOL = 1 << 22  # random values that filler matrices are cut from; more for a hidden size above 4096
 _CHECKED = 96  # tokens of the sequence on which the written gates are checked
 
 
@@ -158,7 +158,7 @@ class Planter:
         self.others = drive(len(self.tokens), shape.hidden, profile, rng)  # w, before it is made orthogonal
         self.theta = [thresholds(shape.intermediate, profile, self.rng(f"theta {n}")) for n in range(shape.layers)]
         self.sets: list[list[npt.NDArray[np.integer]]] = []
-        self._pool = rng.standard_normal(_POOL, np.float32)
+        self._pool = rng.standard_normal(max(_POOL, _BLOCK * shape.hidden), np.float32)
         self._pools: dict[float, npt.NDArray[Any]] = {}
         checked = self.codec.decode(self.codec.encode(self.embed(self.latents[:_CHECKED], self.others[:_CHECKED])))
         self._inputs = checked / np.sqrt(np.mean(checked**2, axis=1, keepdims=True))

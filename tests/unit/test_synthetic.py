@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench.activity import PAPER, PERSISTENT, PROFILES, check_profile, measure
-from bench.synthetic import Codec, Shape, load_fixture, main, walk, write
+from bench.synthetic import Codec, Planter, Shape, load_fixture, main, walk, write
 from flashsparse.pack.safetensors import read_header, read_tensor
 
 SHAPE = Shape(hidden=256, intermediate=2048, layers=3, heads=4, kv_heads=2, vocab=400, positions=256, tokens=144)
@@ -177,3 +177,10 @@ def test_check_profile_voids_what_is_off() -> None:
     assert check_profile(dict(PAPER.asked), "paper") == []
     off = dict(PAPER.asked) | {"density": 0.112, "new": float("nan")}
     assert [line.split()[0] for line in check_profile(off, PAPER)] == ["density", "new"]
+
+
+def test_a_hidden_size_beyond_the_pool() -> None:
+    shape = Shape(4224, 1024, 1, 33, 33, 64, positions=64, tokens=16)
+    planter = Planter(shape, PROFILES["paper"], "float16", 0)
+    rows = planter.cut(planter._pool, 1024, shape.hidden, planter.rng("gate"))
+    assert rows.shape == (1024, 4224)  # as many as a gate is made of at a time
