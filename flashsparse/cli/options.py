@@ -163,7 +163,7 @@ def open_engine(pack: Path, memory: Memory, err: bool = True) -> Iterator[Engine
         click.echo(note, err=True)
     if err and not engine.drive_measured and sys.stderr.isatty():  # advice is for people, not for logs
         click.echo(
-            "this drive has not been measured: `flashsparse doctor` takes seconds, and reads follow its curve from then on",
+            "this drive has not been measured: `flashsparse doctor` takes seconds; reads follow its curve then",
             err=True,
         )
     with engine:
