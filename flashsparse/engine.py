@@ -119,7 +119,6 @@ class Engine:
         self._pack: OpenPack | None = None
         self._curve = curve = known_curve(Path(path))
         self.notes = curve_notes(curve)  # what a user should know about this machine before it reads
-        self.drive_measured = curve is not None
         try:
             self._pack = open_pack(
                 Path(path),
@@ -205,6 +204,11 @@ class Engine:
             self._touching.close()
         if self.kernels == "native" and for_this_system():
             self._slabs, self._touching = slabs, Touching([slab.bytes for slab in slabs if slab is not None])
+
+    @property
+    def drive_measured(self) -> bool:
+        """Whether reading follows a measured curve of the pack's drive."""
+        return self._curve is not None
 
     @property
     def context_limit(self) -> int:
