@@ -21,7 +21,7 @@ from typing import Any
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--cpu-memory", default="5GB", help="weights kept in memory")
+    parser.add_argument("--cpu-memory", default="5GB", help="weights kept in memory: bytes, or with a unit")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=4)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -40,9 +40,10 @@ def run(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     tokens = json.loads((args.checkpoint / "tokens.json").read_text())["tokens"][: args.prompt + args.tokens]
+    held = int(args.cpu_memory) if args.cpu_memory.isdigit() else args.cpu_memory  # accelerate wants bytes as a number
     began = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        args.checkpoint, dtype="auto", device_map="auto", max_memory={"cpu": args.cpu_memory}, offload_folder=folder
+        args.checkpoint, dtype="auto", device_map="auto", max_memory={"cpu": held}, offload_folder=folder
     )
     load_s = time.perf_counter() - began
     with torch.inference_mode():
