@@ -33,9 +33,10 @@ def places(buffer: Buffer, pieces: int) -> tuple[np.ndarray, ...]:
     return at % 64 * PIECE, sizes, sizes, buffer.address + at * PIECE
 
 
-def test_nothing_for_later_is_begun_while_paused(file: FlashFile) -> None:
+@pytest.mark.parametrize("threads", [2, 16])
+def test_nothing_for_later_is_begun_while_paused(file: FlashFile, threads: int) -> None:
     many, few = Buffer(4000 * PIECE), Buffer(8 * PIECE)
-    with ReadPool(2) as pool, file:
+    with ReadPool(threads) as pool, file:
         assert pool.pause() == 0
         with pool.submit(file, *places(many, 4000), later=True) as later:
             assert pool.pause() == 4000
@@ -59,9 +60,10 @@ def test_what_is_needed_now_comes_first(file: FlashFile) -> None:
         later.release()
 
 
-def test_dropping_and_closing_while_paused(file: FlashFile) -> None:
+@pytest.mark.parametrize("threads", [2, 16])
+def test_dropping_and_closing_while_paused(file: FlashFile, threads: int) -> None:
     buffer, ones = Buffer(500 * PIECE), [Buffer(PIECE), Buffer(PIECE)]
-    with ReadPool(2) as pool, file:
+    with ReadPool(threads) as pool, file:
         pool.pause()
         first, second = (pool.submit(file, *places(one, 1), later=True) for one in ones)
         with pool.submit(file, *places(buffer, 500), later=True) as later:

@@ -55,11 +55,12 @@ class Layer:
 @pytest.mark.parametrize(
     "merging", [SEPARATE, Merging(0), Merging(9000), Merging(1 << 20, 50_000), Merging(0, 1 << 30)]
 )
+@pytest.mark.parametrize("threads", [4, 16])  # one by one, and several at a time
 def test_every_record_arrives(
-    path: Path, content: np.ndarray, mode: str, stride: int, share: float, merging: Merging
+    path: Path, content: np.ndarray, mode: str, stride: int, share: float, merging: Merging, threads: int
 ) -> None:
     ids = np.flatnonzero(np.random.default_rng(2).random(RECORDS) < share).astype(np.int64)
-    with FlashFile(path, mode) as file, ReadPool(4) as pool:
+    with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         layer = Layer(file, stride)
         plan, at = layer.plan(ids, merging)
         with plan.submit(pool) as batch:
@@ -139,10 +140,11 @@ def test_requests_that_bring_nothing_kept_do_not_move(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
-def test_a_merged_request_that_fails_names_the_record(path: Path, content: np.ndarray, mode: str) -> None:
+@pytest.mark.parametrize("threads", [1, 16])
+def test_a_merged_request_that_fails_names_the_record(path: Path, content: np.ndarray, mode: str, threads: int) -> None:
     """The file ends within the seventh record: the six before it arrive."""
     ids = np.arange(18, dtype=np.int64)
-    with FlashFile(path, mode) as file, ReadPool(1) as pool:
+    with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         layer = Layer(file, 6976)
         plan, at = layer.plan(ids, Merging(64, 1 << 20))
         assert plan.requests == 1

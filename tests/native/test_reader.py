@@ -14,6 +14,7 @@ import pytest
 from flashsparse import FlashReadError, UsageError
 from flashsparse.flash import Batch, FlashFile, ReadPool, read_range, slot_stride
 
+GROUPED = 16  # threads from which on direct reads are begun several at a time, where the system can
 SIZE = 1_000_003  # odd, so that the last sector is a part
 
 
@@ -106,9 +107,10 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
 @pytest.mark.parametrize("cut", [0, 700, 4096, 50_000, 50_100])
-def test_a_truncated_file_is_an_error_and_never_zeros(path: Path, mode: str, cut: int) -> None:
+@pytest.mark.parametrize("threads", [2, GROUPED])
+def test_a_truncated_file_is_an_error_and_never_zeros(path: Path, mode: str, cut: int, threads: int) -> None:
     memory = Memory(8192)
-    with FlashFile(path, mode) as file, ReadPool(2) as pool:
+    with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         os.truncate(path, cut)
         batch, _ = read_some(pool, file, numbers(50_000), 3000, memory, 8192)
         with batch, pytest.raises(FlashReadError, match="the file ends") as failed:
@@ -195,7 +197,8 @@ def test_empty_batch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["direct", "buffered"])
-def test_many_batches_from_many_threads(path: Path, content: np.ndarray, mode: str) -> None:
+@pytest.mark.parametrize("threads", [6, GROUPED])
+def test_many_batches_from_many_threads(path: Path, content: np.ndarray, mode: str, threads: int) -> None:
     failures: list[BaseException] = []
 
     def client(seed: int) -> None:
@@ -212,7 +215,7 @@ def test_many_batches_from_many_threads(path: Path, content: np.ndarray, mode: s
         except BaseException as error:
             failures.append(error)
 
-    with FlashFile(path, mode) as file, ReadPool(6) as pool:
+    with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         clients = [threading.Thread(target=client, args=(seed,)) for seed in range(6)]
         for one in clients:
             one.start()
@@ -221,28 +224,32 @@ def test_many_batches_from_many_threads(path: Path, content: np.ndarray, mode: s
     assert not failures
 
 
-def test_released_memory_is_not_written(path: Path) -> None:
+@pytest.mark.parametrize(
+    ("mode", "threads", "step"), [("buffered", 4, 64), ("direct", 4, 512), ("direct", GROUPED, 512)]
+)
+def test_released_memory_is_not_written(path: Path, mode: str, threads: int, step: int) -> None:
     """Releasing without waiting drops what has not begun and waits for the rest: no write comes later."""
-    memory = Memory(2000 * 512)
-    with FlashFile(path, "buffered") as file, ReadPool(4) as pool:
+    memory = Memory(2000 * 4096)
+    with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         for _ in range(20):
-            batch, _ = read_some(pool, file, np.arange(2000) * 64, 64, memory, 512)
+            batch, _ = read_some(pool, file, np.arange(2000) * step, 64, memory, 4096)
             batch.release()
             memory.bytes[:] = 0x55
-            following, _ = read_some(pool, file, numbers(0), 1, memory, 512)
+            following, _ = read_some(pool, file, numbers(0), 1, memory, 4096)
             with following:
                 following.wait()
-            assert (memory.bytes[512:] == 0x55).all()
+            assert (memory.bytes[4096:] == 0x55).all()
         with pytest.raises(ValueError, match="released"):
             batch.take()
 
 
-def test_closing_the_pool_with_reads_in_flight(path: Path) -> None:
-    memory = Memory(2000 * 512)
-    with FlashFile(path, "buffered") as file:
+@pytest.mark.parametrize(("mode", "threads"), [("buffered", 4), ("direct", GROUPED)])
+def test_closing_the_pool_with_reads_in_flight(path: Path, mode: str, threads: int) -> None:
+    memory = Memory(2000 * 4096)
+    with FlashFile(path, mode) as file:
         for _ in range(20):
-            pool = ReadPool(4)
-            batch, _ = read_some(pool, file, np.arange(2000) * 64, 64, memory, 512)
+            pool = ReadPool(threads)
+            batch, _ = read_some(pool, file, np.arange(2000) * 64, 64, memory, 4096)
             pool.close()
             with pytest.raises(ValueError, match="closed"):
                 batch.take()

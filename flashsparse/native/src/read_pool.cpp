@@ -1,7 +1,7 @@
 // The read pool: threads that run batches of requests in the order they were submitted, those for later after all others.
 // It knows files as descriptors and destinations as addresses; both must live until the batch is released.
+// Direct reads are begun several at a time where the system can do that (together.h), by few threads, others one by one.
 #include <errno.h>
-#include <sys/mman.h>
 
 #include <chrono>
 #include <condition_variable>
@@ -15,89 +15,17 @@
 #include <utility>
 #include <vector>
 
+#include "read_batch.h"
 #include "reading.h"
+#include "together.h"
 
 namespace {
 
 using Clock = std::chrono::steady_clock;
-constexpr size_t kHugePage = 2 << 20;
+constexpr int kTogether = Together::kMost, kStaged = kTogether / 2;  // of one thread, and of those of several records
 
 int64_t nanoseconds(Clock::duration time) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
-}
-
-struct Batch {
-    Batch(const fs_read* first, int64_t n, const int32_t* run_firsts, int64_t runs, bool for_later)
-        : reads(first, first + n), firsts(run_firsts, run_firsts + runs + 1), order(size_t(runs)), waiting(runs),
-          later(for_later) {
-        std::iota(order.begin(), order.end(), 0);
-        places.reserve(reads.size());
-        for (const fs_read& read : reads) {
-            auto at = reinterpret_cast<uintptr_t>(read.dest);
-            places.push_back({at, at + uintptr_t(read.length)});
-            begin = std::min(begin, places.back().first), end = std::max(end, places.back().second);
-        }
-    }
-    std::vector<fs_read> reads;
-    std::vector<int32_t> firsts;  // the first read of each request, and the number of reads
-    std::vector<int32_t> order;   // of the requests: those from `next` on are waiting
-    std::vector<int32_t> done;    // finished reads, not yet taken
-    int64_t next = 0, waiting, in_flight = 0;  // requests
-    const bool later;  // begun only while no other batch has a waiting request
-    size_t wanted = 1;  // finished reads that whoever takes waits for
-    bool failed = false;
-    fs_read_error error{};
-    std::condition_variable changed;
-    std::vector<std::pair<uintptr_t, uintptr_t>> places;  // destinations, first and last + 1; of all together:
-    uintptr_t begin = UINTPTR_MAX, end = 0;
-    bool ascending = false;  // the places are
-
-    bool overlaps(Batch& other);
-    bool finished() const { return waiting == 0 && in_flight == 0; }
-};
-
-// `each` bytes for every thread, not one of them touched before it is used; 0 where the system has none to give.
-struct Staging {
-    Staging(int threads, int64_t bytes) : each(bytes), total(size_t(threads) * size_t(bytes) + kHugePage) {
-        void* at = mmap(nullptr, total, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-        if (at == MAP_FAILED) each = 0;
-        else memory = static_cast<uint8_t*>(at);
-#ifdef MADV_HUGEPAGE
-        // A direct read into a huge page is one transfer, not one for each small page.
-        size_t inside = total - kHugePage - (total - kHugePage) % kHugePage;
-        if (memory && inside) madvise(aligned(), inside, MADV_HUGEPAGE);
-#endif
-    }
-    ~Staging() {
-        if (memory) munmap(memory, total);
-    }
-    Staging(const Staging&) = delete;
-    Staging& operator=(const Staging&) = delete;
-
-    uint8_t* aligned() const {
-        return memory + (kHugePage - reinterpret_cast<uintptr_t>(memory) % kHugePage) % kHugePage;
-    }
-    uint8_t* of(int index) const { return memory ? aligned() + int64_t(index) * each : nullptr; }
-
-    int64_t each;
-    size_t total;
-    uint8_t* memory = nullptr;
-};
-
-// Layers have slots of their own, so that batches seldom come near each other: places are sorted only where they do, those
-// of the smaller batch.
-bool Batch::overlaps(Batch& other) {
-    if (end <= other.begin || other.end <= begin) return false;
-    Batch& few = places.size() < other.places.size() ? *this : other;
-    if (!few.ascending) std::sort(few.places.begin(), few.places.end());
-    few.ascending = true;
-    auto meets = [&](const std::pair<uintptr_t, uintptr_t>& place) {
-        auto ends_later = [](const auto& of, uintptr_t at) { return of.second <= at; };
-        auto found = std::lower_bound(few.places.begin(), few.places.end(), place.first, ends_later);
-        return found != few.places.end() && found->first < place.second;
-    };
-    const Batch& many = &few == this ? other : *this;
-    return std::any_of(many.places.begin(), many.places.end(), meets);
 }
 
 }  // namespace
@@ -122,19 +50,55 @@ struct fs_pool {
   private:
     using Queue = std::deque<std::shared_ptr<Batch>>;  // batches that have requests nobody has begun
 
+    // Threads and what they read. Precedence is among one lane's batches.
+    struct Lane {
+        Queue queue, later;
+        std::condition_variable work;
+    };
+
+    struct Taken {
+        std::shared_ptr<Batch> batch;
+        int64_t run = 0;
+        Clock::time_point start;
+
+        const fs_read* reads() const { return &batch->reads[size_t(batch->firsts[size_t(run)])]; }
+        int64_t count() const { return batch->firsts[size_t(run) + 1] - batch->firsts[size_t(run)]; }
+    };
+
+    // What one thread has in flight, by tag.
+    struct Group {
+        std::vector<Taken> taken = std::vector<Taken>(kTogether);
+        std::vector<int32_t> place = std::vector<int32_t>(kTogether);  // in the staging; -1: of one record
+        std::vector<int32_t> unused, places;                           // tags and places that are free
+        std::vector<Together::Request> requests;                       // to begin
+
+        void fill(fs_pool& pool);
+        int64_t finish(fs_pool& pool, const Together::Event& event, Outcome* outcomes);
+        void free(int32_t tag);
+        uint8_t* staging(fs_pool& pool, int32_t tag) const {
+            return place[size_t(tag)] < 0 ? nullptr : pool.staging_.of(place[size_t(tag)]);
+        }
+    };
+
     void work(int index);
-    Queue* ready();
+    void work_together(int index);
+    Lane& lane_of(const Batch& batch) { return batch.direct && !rings_.empty() ? together_ : alone_; }
+    Queue* ready(Lane& lane);
+    bool ready(Lane& lane, bool several);
+    Taken begin_next(Lane& lane);
+    void end(Taken& taken, int64_t arrived, const Outcome* outcomes);
     void await_memory(std::unique_lock<std::mutex>& lock, Batch& batch);
     void drop_waiting(Batch& batch);
     void record(Batch& batch, int64_t run, const Outcome* outcomes);
     std::shared_ptr<Batch> find(int64_t id);
 
     std::mutex mutex_;
-    std::condition_variable work_;
     std::condition_variable still_;
-    Queue queue_, later_;
+    Lane alone_, together_;
+    std::vector<Together> rings_;  // of the threads that begin several requests at a time
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
+    const int threads_alone_;
     Staging staging_;
     int64_t reads_ = 0, needed_ = 0, arrived_ = 0, busy_ = 0;
     int64_t running_ = 0, active_ = 0;  // requests in flight, nanoseconds in which there were any until...
@@ -143,9 +107,15 @@ struct fs_pool {
     bool stop_ = false, paused_ = false;
 };
 
-fs_pool::fs_pool(int threads, int64_t staging) : staging_(threads, staging) {
+// Twice the staging is set aside, and half of it touched where all files are read in one way.
+fs_pool::fs_pool(int threads, int64_t staging) : threads_alone_(threads), staging_(2 * threads, staging) {
+    if (threads >= kTogether) {
+        for (int i = 0; i < threads / kStaged; i++) rings_.emplace_back();
+        if (!std::all_of(rings_.begin(), rings_.end(), [](const Together& ring) { return ring.ready(); })) rings_.clear();
+    }
     try {
         for (int i = 0; i < threads; i++) threads_.emplace_back([this, i] { work(i); });
+        for (int i = 0; i < int(rings_.size()); i++) threads_.emplace_back([this, i] { work_together(i); });
     } catch (...) {
         stop();
         throw;
@@ -160,12 +130,12 @@ void fs_pool::stop() {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
         threads.swap(threads_);
-        queue_.clear(), later_.clear();
+        for (Lane* lane : {&alone_, &together_}) lane->queue.clear(), lane->later.clear(), lane->work.notify_all();
         for (auto& [id, batch] : batches_) {
             batch->waiting = 0;
             batch->changed.notify_all();
         }
-        work_.notify_all(), still_.notify_all();
+        still_.notify_all();
     }
     for (auto& thread : threads) thread.join();
 }
@@ -183,57 +153,138 @@ void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, Batch& batch) {
 
 void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
     int64_t n = batch->waiting;
+    Lane& lane = lane_of(*batch);
     batch->done.reserve(batch->reads.size());
     {
         std::unique_lock<std::mutex> lock(mutex_);
         await_memory(lock, *batch);
         batches_[id] = batch;
-        if (n > 0) (batch->later ? later_ : queue_).push_back(batch);
+        if (n > 0) (batch->later ? lane.later : lane.queue).push_back(batch);
     }
     // Who submits has more to do than to wake everybody: two threads are woken, and each wakes the next.
-    for (int64_t i = 0; i < std::min<int64_t>(n, 2); i++) work_.notify_one();
+    const int64_t groups = &lane == &together_ ? (n + kTogether - 1) / kTogether : n;
+    for (int64_t i = 0; i < std::min<int64_t>(groups, 2); i++) lane.work.notify_one();
 }
 
-// Where the next request comes from; null: none may be begun.
-fs_pool::Queue* fs_pool::ready() {
-    if (!queue_.empty()) return &queue_;
-    return later_.empty() || paused_ ? nullptr : &later_;
+// Where a lane's next request comes from; null: none may be begun.
+fs_pool::Queue* fs_pool::ready(Lane& lane) {
+    if (!lane.queue.empty()) return &lane.queue;
+    return lane.later.empty() || paused_ ? nullptr : &lane.later;
+}
+
+// Whether there is one and, unless it may be of several records, is of one.
+bool fs_pool::ready(Lane& lane, bool several) {
+    Queue* queue = ready(lane);
+    if (!queue || several) return queue;
+    const Batch& batch = *queue->front();
+    const auto run = size_t(batch.order[size_t(batch.next)]);
+    return batch.firsts[run + 1] - batch.firsts[run] == 1;
+}
+
+// Under the lock, and a request is ready.
+fs_pool::Taken fs_pool::begin_next(Lane& lane) {
+    Queue& queue = *ready(lane);
+    Taken taken{queue.front(), 0, Clock::now()};
+    Batch& batch = *taken.batch;
+    taken.run = batch.order[size_t(batch.next++)];
+    batch.in_flight++;
+    if (--batch.waiting == 0) queue.pop_front();
+    if (running_++ == 0) since_ = taken.start;
+    running_later_ += batch.later;
+    return taken;
+}
+
+// Under the lock.
+void fs_pool::end(Taken& taken, int64_t arrived, const Outcome* outcomes) {
+    auto now = Clock::now();
+    reads_++, arrived_ += arrived, busy_ += nanoseconds(now - taken.start);
+    if (--running_ == 0) active_ += nanoseconds(now - since_);
+    if (taken.batch->later && --running_later_ == 0) still_.notify_all();
+    record(*taken.batch, taken.run, outcomes);
+    taken.batch.reset();
 }
 
 void fs_pool::work(int index) {
     Outcome outcomes[kMostRecords];
     std::unique_lock<std::mutex> lock(mutex_);
     while (true) {
-        const bool sleeping = !stop_ && !ready();
-        if (sleeping) work_.wait(lock, [&] { return stop_ || ready(); });
+        const bool sleeping = !stop_ && !ready(alone_);
+        if (sleeping) alone_.work.wait(lock, [&] { return stop_ || ready(alone_); });
         if (stop_) return;
-        Queue& queue = *ready();
-        std::shared_ptr<Batch> batch = queue.front();
-        int64_t run = batch->order[size_t(batch->next++)];
-        batch->in_flight++;
-        if (--batch->waiting == 0) queue.pop_front();
-        auto start = Clock::now();
-        if (running_++ == 0) since_ = start;
-        running_later_ += batch->later;
-        const bool more = sleeping && ready();
+        Taken taken = begin_next(alone_);
+        const bool more = sleeping && ready(alone_);
         lock.unlock();
-        if (more) work_.notify_one();
-        const int32_t first = batch->firsts[size_t(run)], last = batch->firsts[size_t(run) + 1];
-        int64_t arrived = read_run(&batch->reads[size_t(first)], last - first, staging_.of(index),
-                                   staging_.each, outcomes);
-        auto end = Clock::now();
+        if (more) alone_.work.notify_one();
+        int64_t arrived = read_run(taken.reads(), taken.count(), staging_.of(index), staging_.each, outcomes);
         lock.lock();
-        reads_++, arrived_ += arrived, busy_ += nanoseconds(end - start);
-        if (--running_ == 0) active_ += nanoseconds(end - since_);
-        if (batch->later && --running_later_ == 0) still_.notify_all();
-        record(*batch, run, outcomes);
+        end(taken, arrived, outcomes);
+    }
+}
+
+// Under the lock: begins what it may of the lane's requests.
+void fs_pool::Group::fill(fs_pool& pool) {
+    requests.clear();
+    while (!unused.empty() && pool.ready(pool.together_, !places.empty())) {
+        const int32_t tag = unused.back();
+        Taken& next = taken[size_t(tag)] = pool.begin_next(pool.together_);
+        unused.pop_back();
+        place[size_t(tag)] = -1;
+        if (next.count() > 1) place[size_t(tag)] = places.back(), places.pop_back();
+        RunPlace at = run_place(next.reads(), next.count(), staging(pool, tag), pool.staging_.each);
+        requests.push_back({next.reads()->fd, at.offset, at.length, at.dest, tag});
+    }
+}
+
+// One that could not be begun, or brought less than it must, is read again by itself, which finds out why.
+int64_t fs_pool::Group::finish(fs_pool& pool, const Together::Event& event, Outcome* outcomes) {
+    const Taken& one = taken[size_t(event.tag)];
+    uint8_t* memory = staging(pool, event.tag);
+    if (end_run(one.reads(), one.count(), memory, pool.staging_.each, event.got, outcomes)) return event.got;
+    return read_run(one.reads(), one.count(), memory, pool.staging_.each, outcomes);
+}
+
+void fs_pool::Group::free(int32_t tag) {
+    unused.push_back(tag);
+    if (place[size_t(tag)] >= 0) places.push_back(place[size_t(tag)]);
+}
+
+void fs_pool::work_together(int index) {
+    Together& ring = rings_[size_t(index)];
+    Group group;
+    for (int i = 0; i < kTogether; i++) group.unused.push_back(i);
+    for (int i = 0; i < kStaged; i++) group.places.push_back(threads_alone_ + index * kStaged + i);
+    std::vector<Together::Event> events;
+    events.reserve(kTogether), group.requests.reserve(kTogether);
+    Outcome outcomes[kMostRecords];
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+        const bool idle = group.unused.size() == kTogether, sleeping = idle && !stop_ && !ready(together_);
+        if (sleeping) together_.work.wait(lock, [&] { return stop_ || ready(together_); });
+        if (idle && stop_) return;
+        group.fill(*this);
+        const bool more = sleeping && ready(together_);
+        lock.unlock();
+        if (more) together_.work.notify_one();
+        events.clear();
+        for (auto i = size_t(ring.begin(group.requests)); i < group.requests.size(); i++)
+            events.push_back({group.requests[i].tag, -1});
+        if (events.empty()) ring.await(std::max<int64_t>(1, (kTogether - int64_t(group.unused.size())) / 2), events);
+        for (const Together::Event& event : events) {
+            int64_t arrived = group.finish(*this, event, outcomes);
+            lock.lock();
+            end(group.taken[size_t(event.tag)], arrived, outcomes);
+            lock.unlock();
+            group.free(event.tag);
+        }
+        lock.lock();
     }
 }
 
 void fs_pool::drop_waiting(Batch& batch) {
     batch.waiting = 0;
     auto same = [&](const std::shared_ptr<Batch>& other) { return other.get() == &batch; };
-    Queue& queue = batch.later ? later_ : queue_;
+    Lane& lane = lane_of(batch);
+    Queue& queue = batch.later ? lane.later : lane.queue;
     queue.erase(std::remove_if(queue.begin(), queue.end(), same), queue.end());
 }
 
@@ -314,14 +365,16 @@ int64_t fs_pool::pause() {
     std::unique_lock<std::mutex> lock(mutex_);
     paused_ = true;
     still_.wait(lock, [&] { return running_later_ == 0 || stop_; });
-    return std::accumulate(later_.begin(), later_.end(), int64_t(0),
-                           [](int64_t sum, const std::shared_ptr<Batch>& batch) { return sum + batch->waiting; });
+    int64_t waiting = 0;
+    for (const Lane* lane : {&alone_, &together_})
+        for (const std::shared_ptr<Batch>& batch : lane->later) waiting += batch->waiting;
+    return waiting;
 }
 
 void fs_pool::resume() {
     std::lock_guard<std::mutex> lock(mutex_);
     paused_ = false;
-    work_.notify_all();
+    alone_.work.notify_all(), together_.work.notify_all();
 }
 
 void fs_pool::counters(int64_t out[5]) {

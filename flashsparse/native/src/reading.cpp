@@ -39,23 +39,41 @@ Outcome read_fully(const fs_read& r) {
     return {got, 0};
 }
 
+int64_t run_length(const fs_read* reads, int64_t n) { return reads[n - 1].offset + reads[n - 1].length - reads[0].offset; }
+int64_t run_need(const fs_read* reads, int64_t n) { return reads[n - 1].offset + reads[n - 1].need - reads[0].offset; }
+
+// Also when it failed: each record of it that is there counts.
+void share_out(const fs_read* reads, int64_t n, const uint8_t* staging, Outcome all, Outcome* outcomes) {
+    for (int64_t i = 0; i < n; i++) {
+        const fs_read& read = reads[i];
+        const int64_t before = read.offset - reads[0].offset;
+        int64_t got = std::max<int64_t>(0, std::min(read.length, all.got - before));
+        memcpy(read.dest, staging + before, size_t(got));
+        outcomes[i] = {got, all.error};
+    }
+}
+
 }  // namespace
 
+RunPlace run_place(const fs_read* reads, int64_t n, uint8_t* staging, int64_t bytes) {
+    const int64_t length = run_length(reads, n);
+    const bool one = n == 1 ? length <= kMostBytes : length <= bytes;
+    return {reads[0].offset, one ? length : 0, n == 1 ? reads[0].dest : staging};
+}
+
+bool end_run(const fs_read* reads, int64_t n, const uint8_t* staging, int64_t bytes, int64_t got, Outcome* outcomes) {
+    if (got < run_need(reads, n) || (n > 1 && run_length(reads, n) > bytes)) return false;
+    if (n > 1) share_out(reads, n, staging, {got, 0}, outcomes);
+    else outcomes[0] = {got, 0};
+    return true;
+}
+
 int64_t read_run(const fs_read* reads, int64_t n, uint8_t* staging, int64_t bytes, Outcome* outcomes) {
-    const fs_read& last = reads[n - 1];
-    const int64_t begin = reads[0].offset, length = last.offset + last.length - begin;
     int64_t arrived = 0;
-    if (n > 1 && length <= bytes) {
-        Outcome all = read_fully({begin, length, last.offset + last.need - begin, staging, reads[0].fd, 0});
-        arrived = all.got;
-        // Also when it failed: each record of it that is there counts.
-        for (int64_t i = 0; i < n; i++) {
-            const fs_read& read = reads[i];
-            int64_t got = std::max<int64_t>(0, std::min(read.length, all.got - (read.offset - begin)));
-            memcpy(read.dest, staging + (read.offset - begin), size_t(got));
-            outcomes[i] = {got, all.error};
-        }
-        return arrived;
+    if (n > 1 && run_length(reads, n) <= bytes) {
+        Outcome all = read_fully({reads[0].offset, run_length(reads, n), run_need(reads, n), staging, reads[0].fd, 0});
+        share_out(reads, n, staging, all, outcomes);
+        return all.got;
     }
     for (int64_t i = 0; i < n; i++) {
         outcomes[i] = read_fully(reads[i]);
