@@ -20,10 +20,10 @@ from tests.native.test_touching import in_memory
 PIECE = 4096
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> FlashFile:
+@pytest.fixture(params=["buffered", "direct"])
+def file(tmp_path: Path, request: pytest.FixtureRequest) -> FlashFile:
     (tmp_path / "file").write_bytes(np.random.default_rng(0).bytes(64 * PIECE))
-    return FlashFile(tmp_path / "file", "buffered")
+    return FlashFile(tmp_path / "file", request.param)
 
 
 def places(buffer: Buffer, pieces: int) -> tuple[np.ndarray, ...]:
@@ -50,9 +50,10 @@ def test_nothing_for_later_is_begun_while_paused(file: FlashFile, threads: int) 
             np.testing.assert_array_equal(many.bytes[: 64 * PIECE], np.fromfile(file.path, np.uint8))
 
 
-def test_what_is_needed_now_comes_first(file: FlashFile) -> None:
+@pytest.mark.parametrize("threads", [1, 16])
+def test_what_is_needed_now_comes_first(file: FlashFile, threads: int) -> None:
     many, few = Buffer(200_000 * PIECE), Buffer(PIECE)
-    with ReadPool(1) as pool, file, pool.submit(file, *places(many, 200_000), later=True) as later:
+    with ReadPool(threads) as pool, file, pool.submit(file, *places(many, 200_000), later=True) as later:
         with pool.submit(file, *places(few, 1)) as now:
             now.wait()
         assert pool.pause() > 0  # of 200,000
@@ -73,6 +74,20 @@ def test_dropping_and_closing_while_paused(file: FlashFile, threads: int) -> Non
             assert pool.pause() == 4
         assert pool.pause() == 1
     second.release()
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+def test_what_is_for_later_goes_on_after_what_is_needed_now(file: FlashFile, threads: int) -> None:
+    """Also where others read what is needed now: whoever begins or drops the last of it wakes them."""
+    many, few = Buffer(64 * PIECE), Buffer(64 * PIECE)
+    with ReadPool(threads) as pool, file:
+        for round_ in range(100):
+            with pool.submit(file, *places(few, 64)) as now, pool.submit(file, *places(many, 64), later=True) as later:
+                if round_ % 2:
+                    now.keep(np.zeros(64, bool))
+                later.wait()
+                now.wait()
+            assert np.array_equal(many.bytes, np.fromfile(file.path, np.uint8))
 
 
 def test_a_failure_is_told_without_waiting(file: FlashFile) -> None:

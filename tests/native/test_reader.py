@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import mmap
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -78,6 +79,19 @@ def test_every_byte_arrives(path: Path, content: np.ndarray, mode: str, size: in
         assert counters.needed_bytes >= 300 * size
         assert counters.read_bytes >= counters.needed_bytes
         assert 0 < counters.active_s <= counters.busy_s
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux begins several reads with one call")
+def test_a_quarter_as_many_threads_begin_several_at_a_time(path: Path) -> None:
+    """Without them every test of GROUPED threads would be one of reads one by one."""
+    before = len(os.listdir("/proc/self/task"))
+    with ReadPool(GROUPED):
+        more = len(os.listdir("/proc/self/task")) - before
+    with ReadPool(4):
+        assert len(os.listdir("/proc/self/task")) - before == 4
+    if more == GROUPED:
+        pytest.skip("this system refuses io_setup")
+    assert more == GROUPED + GROUPED // 4
 
 
 def test_modes(path: Path) -> None:
@@ -232,7 +246,7 @@ def test_released_memory_is_not_written(path: Path, mode: str, threads: int, ste
     memory = Memory(2000 * 4096)
     with FlashFile(path, mode) as file, ReadPool(threads) as pool:
         for _ in range(20):
-            batch, _ = read_some(pool, file, np.arange(2000) * step, 64, memory, 4096)
+            batch, _ = read_some(pool, file, np.arange(1900) * step, 64, memory, 4096)
             batch.release()
             memory.bytes[:] = 0x55
             following, _ = read_some(pool, file, numbers(0), 1, memory, 4096)

@@ -43,6 +43,7 @@ struct Batch {
     uintptr_t begin = UINTPTR_MAX, end = 0;
     bool ascending = false;  // the places are
     bool direct = true;      // every file's reads bypass the page cache
+    bool together = false;   // and are begun several at a time
 
     bool overlaps(Batch& other);
     bool finished() const { return waiting == 0 && in_flight == 0; }

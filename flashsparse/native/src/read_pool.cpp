@@ -50,9 +50,9 @@ struct fs_pool {
   private:
     using Queue = std::deque<std::shared_ptr<Batch>>;  // batches that have requests nobody has begun
 
-    // Threads and what they read. Precedence is among one lane's batches.
+    // What threads of one kind read, but for what is for later.
     struct Lane {
-        Queue queue, later;
+        Queue queue;
         std::condition_variable work;
     };
 
@@ -73,7 +73,7 @@ struct fs_pool {
         std::vector<Together::Request> requests;                       // to begin
 
         void fill(fs_pool& pool);
-        int64_t finish(fs_pool& pool, const Together::Event& event, Outcome* outcomes);
+        int64_t finish(fs_pool& pool, const Together::Event& event, bool failed, Outcome* outcomes);
         void free(int32_t tag);
         uint8_t* staging(fs_pool& pool, int32_t tag) const {
             return place[size_t(tag)] < 0 ? nullptr : pool.staging_.of(place[size_t(tag)]);
@@ -82,7 +82,9 @@ struct fs_pool {
 
     void work(int index);
     void work_together(int index);
-    Lane& lane_of(const Batch& batch) { return batch.direct && !rings_.empty() ? together_ : alone_; }
+    Lane& lane_of(const Batch& batch) { return batch.together ? together_ : alone_; }
+    Queue& queue_of(const Batch& batch) { return batch.later ? later_ : lane_of(batch).queue; }
+    void let_later();
     Queue* ready(Lane& lane);
     bool ready(Lane& lane, bool several);
     Taken begin_next(Lane& lane);
@@ -95,6 +97,7 @@ struct fs_pool {
     std::mutex mutex_;
     std::condition_variable still_;
     Lane alone_, together_;
+    Queue later_;                  // read one by one, in order
     std::vector<Together> rings_;  // of the threads that begin several requests at a time
     std::unordered_map<int64_t, std::shared_ptr<Batch>> batches_;
     std::vector<std::thread> threads_;
@@ -105,13 +108,15 @@ struct fs_pool {
     Clock::time_point since_;           // ...the first of those in flight began
     int64_t running_later_ = 0;         // of those in flight
     bool stop_ = false, paused_ = false;
+    bool refused_ = false;  // the system begins nothing several at a time after all
 };
 
 // Twice the staging is set aside, and half of it touched where all files are read in one way.
 fs_pool::fs_pool(int threads, int64_t staging) : threads_alone_(threads), staging_(2 * threads, staging) {
     if (threads >= kTogether) {
-        for (int i = 0; i < threads / kStaged; i++) rings_.emplace_back();
-        if (!std::all_of(rings_.begin(), rings_.end(), [](const Together& ring) { return ring.ready(); })) rings_.clear();
+        do rings_.emplace_back();
+        while (rings_.back().ready() && int(rings_.size()) < threads / kStaged);
+        if (!rings_.back().ready()) rings_.clear();
     }
     try {
         for (int i = 0; i < threads; i++) threads_.emplace_back([this, i] { work(i); });
@@ -130,7 +135,8 @@ void fs_pool::stop() {
         std::lock_guard<std::mutex> lock(mutex_);
         stop_ = true;
         threads.swap(threads_);
-        for (Lane* lane : {&alone_, &together_}) lane->queue.clear(), lane->later.clear(), lane->work.notify_all();
+        for (Lane* lane : {&alone_, &together_}) lane->queue.clear(), lane->work.notify_all();
+        later_.clear();
         for (auto& [id, batch] : batches_) {
             batch->waiting = 0;
             batch->changed.notify_all();
@@ -153,23 +159,29 @@ void fs_pool::await_memory(std::unique_lock<std::mutex>& lock, Batch& batch) {
 
 void fs_pool::submit(int64_t id, std::shared_ptr<Batch> batch) {
     int64_t n = batch->waiting;
-    Lane& lane = lane_of(*batch);
     batch->done.reserve(batch->reads.size());
     {
         std::unique_lock<std::mutex> lock(mutex_);
         await_memory(lock, *batch);
         batches_[id] = batch;
-        if (n > 0) (batch->later ? lane.later : lane.queue).push_back(batch);
+        batch->together = batch->direct && !batch->later && !rings_.empty() && !refused_;
+        if (n > 0) queue_of(*batch).push_back(batch);
     }
     // Who submits has more to do than to wake everybody: two threads are woken, and each wakes the next.
-    const int64_t groups = &lane == &together_ ? (n + kTogether - 1) / kTogether : n;
-    for (int64_t i = 0; i < std::min<int64_t>(groups, 2); i++) lane.work.notify_one();
+    const int64_t groups = batch->together ? (n + kTogether - 1) / kTogether : n;
+    for (int64_t i = 0; i < std::min<int64_t>(groups, 2); i++) lane_of(*batch).work.notify_one();
 }
 
 // Where a lane's next request comes from; null: none may be begun.
 fs_pool::Queue* fs_pool::ready(Lane& lane) {
     if (!lane.queue.empty()) return &lane.queue;
-    return lane.later.empty() || paused_ ? nullptr : &lane.later;
+    const bool now = &lane == &alone_ && together_.queue.empty() && !paused_;
+    return now && !later_.empty() ? &later_ : nullptr;
+}
+
+// Under the lock, when a queue has become empty: wakes one who reads what is for later, and who wakes the next.
+void fs_pool::let_later() {
+    if (!later_.empty() && together_.queue.empty()) alone_.work.notify_one();
 }
 
 // Whether there is one and, unless it may be of several records, is of one.
@@ -188,7 +200,7 @@ fs_pool::Taken fs_pool::begin_next(Lane& lane) {
     Batch& batch = *taken.batch;
     taken.run = batch.order[size_t(batch.next++)];
     batch.in_flight++;
-    if (--batch.waiting == 0) queue.pop_front();
+    if (--batch.waiting == 0) queue.pop_front(), let_later();
     if (running_++ == 0) since_ = taken.start;
     running_later_ += batch.later;
     return taken;
@@ -224,7 +236,7 @@ void fs_pool::work(int index) {
 // Under the lock: begins what it may of the lane's requests.
 void fs_pool::Group::fill(fs_pool& pool) {
     requests.clear();
-    while (!unused.empty() && pool.ready(pool.together_, !places.empty())) {
+    while (!pool.stop_ && !unused.empty() && pool.ready(pool.together_, !places.empty())) {
         const int32_t tag = unused.back();
         Taken& next = taken[size_t(tag)] = pool.begin_next(pool.together_);
         unused.pop_back();
@@ -235,11 +247,16 @@ void fs_pool::Group::fill(fs_pool& pool) {
     }
 }
 
-// One that could not be begun, or brought less than it must, is read again by itself, which finds out why.
-int64_t fs_pool::Group::finish(fs_pool& pool, const Together::Event& event, Outcome* outcomes) {
+// One that could not be begun, or brought less than it must, is read again by itself, which finds out why; but not for
+// a batch that has `failed` already: each may take as long as a drive needs to give up.
+int64_t fs_pool::Group::finish(fs_pool& pool, const Together::Event& event, bool failed, Outcome* outcomes) {
     const Taken& one = taken[size_t(event.tag)];
     uint8_t* memory = staging(pool, event.tag);
     if (end_run(one.reads(), one.count(), memory, pool.staging_.each, event.got, outcomes)) return event.got;
+    if (failed) {
+        std::fill_n(outcomes, one.count(), Outcome{0, EIO});
+        return 0;
+    }
     return read_run(one.reads(), one.count(), memory, pool.staging_.each, outcomes);
 }
 
@@ -266,26 +283,30 @@ void fs_pool::work_together(int index) {
         lock.unlock();
         if (more) together_.work.notify_one();
         events.clear();
-        for (auto i = size_t(ring.begin(group.requests)); i < group.requests.size(); i++)
-            events.push_back({group.requests[i].tag, -1});
+        const auto begun = size_t(ring.begin(group.requests));
+        for (size_t i = begun; i < group.requests.size(); i++) events.push_back({group.requests[i].tag, -1});
+        const bool refused = begun == 0 && !group.requests.empty();
         if (events.empty()) ring.await(std::max<int64_t>(1, (kTogether - int64_t(group.unused.size())) / 2), events);
+        lock.lock();
+        refused_ |= refused;
         for (const Together::Event& event : events) {
-            int64_t arrived = group.finish(*this, event, outcomes);
-            lock.lock();
-            end(group.taken[size_t(event.tag)], arrived, outcomes);
+            Taken& one = group.taken[size_t(event.tag)];
+            const bool failed = one.batch->failed;
             lock.unlock();
+            int64_t arrived = group.finish(*this, event, failed, outcomes);
+            lock.lock();
+            end(one, arrived, outcomes);
             group.free(event.tag);
         }
-        lock.lock();
     }
 }
 
 void fs_pool::drop_waiting(Batch& batch) {
     batch.waiting = 0;
     auto same = [&](const std::shared_ptr<Batch>& other) { return other.get() == &batch; };
-    Lane& lane = lane_of(batch);
-    Queue& queue = batch.later ? lane.later : lane.queue;
+    Queue& queue = queue_of(batch);
     queue.erase(std::remove_if(queue.begin(), queue.end(), same), queue.end());
+    let_later();
 }
 
 // Under the lock. After a failure the batch's waiting requests are dropped: their bytes would not be used.
@@ -365,16 +386,14 @@ int64_t fs_pool::pause() {
     std::unique_lock<std::mutex> lock(mutex_);
     paused_ = true;
     still_.wait(lock, [&] { return running_later_ == 0 || stop_; });
-    int64_t waiting = 0;
-    for (const Lane* lane : {&alone_, &together_})
-        for (const std::shared_ptr<Batch>& batch : lane->later) waiting += batch->waiting;
-    return waiting;
+    return std::accumulate(later_.begin(), later_.end(), int64_t(0),
+                           [](int64_t sum, const std::shared_ptr<Batch>& batch) { return sum + batch->waiting; });
 }
 
 void fs_pool::resume() {
     std::lock_guard<std::mutex> lock(mutex_);
     paused_ = false;
-    alone_.work.notify_all(), together_.work.notify_all();
+    alone_.work.notify_all();
 }
 
 void fs_pool::counters(int64_t out[5]) {
