@@ -66,7 +66,8 @@ def load(
             needs, whichever is smaller, within a control group's limit.
         max_kv_size: positions (tokens) of KV cache to reserve. None: as many as leave room for one token's set.
         threads: compute threads. None: one per core.
-        io_threads: threads that read from flash. None: what the drive's curve asks for, 16 where it has none.
+        io_threads: threads that read from flash; direct reads on Linux are begun by a quarter as many, twice as many in
+            flight. None: what the drive's curve asks for, 16 where it has none.
         read_mode: "direct" (past the operating system's cache), "buffered", or "auto": direct where it works,
             unless the drive's curve finds buffered reads faster.
         kernels: "native" (CPU), "metal" (Apple GPU), "reference" (plain MLX operators, slow) or "auto": metal where

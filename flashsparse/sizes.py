@@ -102,9 +102,9 @@ class Sizes:
         # Unlimited once, to learn the floor with the smallest passes and what the whole model needs.
         least = plan_of(1 << 62, self.smallest_passes())
         budget = least.floor if slots is not None else _budget(dram, least, runtime)
-        passes = self._passes_for(
-            max(0, budget - least.floor) if slots is None else sum(least.slots) * least.slot_bytes
-        )
+        # A tier without slots needs no more than its floor: what may go to larger passes is what the machine has.
+        most = memory.default_budget(1 << 62, runtime) if dram is None and not needs["floor_slots"] else budget
+        passes = self._passes_for(max(0, most - least.floor) if slots is None else sum(least.slots) * least.slot_bytes)
         if slots is not None:
             budget += self.scratch_bytes(passes) - self.scratch_bytes(self.smallest_passes())
         elif dram is None:  # everything, the passes as large as they are now included

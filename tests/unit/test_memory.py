@@ -274,6 +274,16 @@ def test_prompts_run_in_smaller_passes_where_memory_is_scarce(tmp_path: Path) ->
         assert f"passes of {passes.chunk} tokens" in plan.describe()
 
 
+def test_a_tier_without_slots_takes_large_passes_where_no_budget_is_given(tmp_path: Path) -> None:
+    """It needs no more than its floor, which says nothing about what passes may take."""
+    pack = replace(write_pack(tmp_path, hidden_size=4096, intermediate_size=4096), prefill_chunk=256)
+    sizes = Sizes(pack, [SimpleNamespace(sector=512, direct=False)], "dense", 1, 1, native=True)  # type: ignore[list-item]
+    plan, passes = sizes.plan(0, None, 64, None)
+    assert passes == Passes(256, 4 << 20) == sizes.plan(0, 1 << 32, 64, None)[1]
+    assert plan.scratch == sizes.scratch_bytes(passes) and plan.unused == 0
+    assert sizes.plan(0, plan.floor, 64, None)[1] == sizes.smallest_passes()
+
+
 def test_the_smallest_budget_is_the_same_whatever_is_given(tmp_path: Path) -> None:
     """That of the smallest passes, and of an embedding on flash where it may be there."""
     pack = replace(write_pack(tmp_path, vocab_size=20_000, intermediate_size=4096), prefill_chunk=256)
