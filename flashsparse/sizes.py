@@ -101,14 +101,13 @@ class Sizes:
 
         # Unlimited once, to learn the floor with the smallest passes and what the whole model needs.
         least = plan_of(1 << 62, self.smallest_passes())
-        budget = least.floor if slots is not None else _budget(dram, least, runtime)
-        # A tier without slots needs no more than its floor: what may go to larger passes is what the machine has.
-        most = memory.default_budget(1 << 62, runtime) if dram is None and not needs["floor_slots"] else budget
-        passes = self._passes_for(max(0, most - least.floor) if slots is None else sum(least.slots) * least.slot_bytes)
         if slots is not None:
-            budget += self.scratch_bytes(passes) - self.scratch_bytes(self.smallest_passes())
-        elif dram is None:  # everything, the passes as large as they are now included
-            budget = _budget(None, plan_of(1 << 62, passes), runtime)
+            passes = self._passes_for(sum(least.slots) * least.slot_bytes)
+            budget = least.floor + self.scratch_bytes(passes) - self.scratch_bytes(self.smallest_passes())
+        else:
+            most = memory.default_budget(1 << 62, runtime) if dram is None else dram
+            passes = self._passes_for(max(0, most - least.floor))
+            budget = memory.default_budget(plan_of(1 << 62, passes).needs_all, runtime) if dram is None else dram
         plan = plan_of(budget, passes)
         return (plan if slots is not None else replace(plan, floor=least.floor)), passes
 
@@ -247,10 +246,3 @@ class Sizes:
             return {"full": 4 * records, "compact": search, "none": 0}[self.manifest.gate]
         extra = scratch_sizes(self.manifest)
         return (4 + 4 * extra.wide + 2) * records + 4 * extra.middle  # and two bytes: the mask, and its opposite
-
-
-def _budget(dram: int | None, least: MemoryPlan, runtime: int) -> int:
-    """The budget asked for."""
-    if dram is None:
-        return memory.default_budget(least.needs_all, runtime)
-    return dram

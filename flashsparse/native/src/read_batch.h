@@ -25,9 +25,6 @@ struct Batch {
             places.push_back({at, at + uintptr_t(read.length)});
             begin = std::min(begin, places.back().first), end = std::max(end, places.back().second);
         }
-        auto another = [&](size_t i) { return i == 0 || reads[i].fd != reads[i - 1].fd; };
-        for (size_t i = 0; i < reads.size() && direct; i++)
-            if (another(i)) direct = Together::direct(reads[i].fd);
     }
     std::vector<fs_read> reads;
     std::vector<int32_t> firsts;  // the first read of each request, and the number of reads
@@ -42,12 +39,18 @@ struct Batch {
     std::vector<std::pair<uintptr_t, uintptr_t>> places;  // destinations, first and last + 1; of all together:
     uintptr_t begin = UINTPTR_MAX, end = 0;
     bool ascending = false;  // the places are
-    bool direct = true;      // every file's reads bypass the page cache
-    bool together = false;   // and are begun several at a time
+    bool together = false;   // its requests are begun several at a time
 
+    bool direct() const;  // every file's reads bypass the page cache
     bool overlaps(Batch& other);
     bool finished() const { return waiting == 0 && in_flight == 0; }
 };
+
+inline bool Batch::direct() const {
+    for (size_t i = 0; i < reads.size(); i++)
+        if ((i == 0 || reads[i].fd != reads[i - 1].fd) && !Together::direct(reads[i].fd)) return false;
+    return true;
+}
 
 // `each` bytes for every thread, not one of them touched before it is used; 0 where the system has none to give.
 struct Staging {
